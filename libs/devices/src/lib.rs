@@ -1,0 +1,33 @@
+//! The devices of a virtual machine: each one a pure register machine that knows neither KVM nor the host's event
+//! loop, with a thin adapter to the buses and interrupt traits that the machine monitor implements.
+//!
+//! ```text
+//!   vCPU exit ──> Bus ──> BusDevice (serial, rtc, ioapic, pm, PciRoot …)
+//!                             │                     └─> PciFunction ──> VirtioPci ──> VirtioDevice ──> Worker thread
+//!                             v                                            │                             │
+//!                        IrqLine / MsiSink / MsixNotifier  <───────────────┴──────── VirtioInterrupt <───┘
+//!                             └──────── implemented above with irqfds and KVM_SIGNAL_MSI
+//! ```
+//!
+//! Everything a guest writes is hostile: no register access and no descriptor chain may panic, loop without bound or
+//! make the host allocate what the guest asks for. The shared suite in `testkit::contract` holds every device to it.
+#![deny(unsafe_code)]
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects
+    )
+)]
+
+pub mod bus;
+pub mod irq;
+pub mod machine;
+pub mod pci;
+pub mod virtio;
+
+/// Guest memory as every device sees it.
+pub type GuestMemory = vm_memory::GuestMemoryMmap<()>;
