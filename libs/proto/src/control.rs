@@ -1,0 +1,194 @@
+//! Engine ↔ VMM. One request is answered by one reply with the same `id`; events come unasked.
+//!
+//! ```text
+//!  VmConfig+fds ─> Configured ─> Run ─> running ⇄ Pause/Resume ─> Event::Exited ─> end of file
+//!               └> Failed, end of file
+//! ```
+
+use serde::{Deserialize, Serialize};
+
+/// What the engine asks of a configured VMM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Request {
+    /// Chosen by the engine, repeated in the reply.
+    pub id: u64,
+    /// The command.
+    pub command: Command,
+}
+
+/// The commands of a [`Request`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Command {
+    /// Start the vCPUs of a machine that was configured.
+    Run,
+    /// Stop all vCPUs; answered when the last one stands still. No change if they already do.
+    Pause,
+    /// Let the vCPUs go on. No change if they run.
+    Resume,
+    /// Press the ACPI power button.
+    PowerButton,
+    /// Take `bytes` of memory from the guest by its balloon (0 gives all back).
+    Balloon {
+        /// Target size of the balloon in bytes; rounded down to 4 KiB pages.
+        bytes: u64,
+    },
+    /// Tell the guest the size of its virtio console.
+    ResizeConsole {
+        /// Width in characters.
+        columns: u16,
+        /// Height in characters.
+        rows: u16,
+    },
+    /// Drain and flush disk `disk`, freeze its top and go on with a fresh one stacked on it. Two file descriptors
+    /// come beside the packet: data and map of the new top, both empty.
+    FreezeDisk {
+        /// Index into `VmConfig::disks`.
+        disk: u32,
+    },
+    /// Say what the machine does.
+    Status,
+    /// End the VMM without asking the guest.
+    Kill,
+}
+
+/// What the VMM says.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FromVmm {
+    /// The machine of the first packet is built; its vCPUs stand still.
+    Configured {
+        /// How long each step took.
+        timeline: Timeline,
+    },
+    /// The machine cannot be built, or a fault ends it. The VMM exits after this.
+    Failed {
+        /// The whole error chain, outermost first, joined by `: `.
+        message: String,
+    },
+    /// Answer to a request.
+    Reply {
+        /// The request's id.
+        id: u64,
+        /// What came of it; the error is a whole chain in one line.
+        result: Result<Answer, String>,
+    },
+    /// Something happened in the machine.
+    Event(Event),
+}
+
+/// A good answer to a [`Command`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Answer {
+    /// Done.
+    Done,
+    /// Answer to [`Command::Status`].
+    Status(Status),
+}
+
+/// What a machine does, in answer to [`Command::Status`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// Whether the vCPUs run, stand still or are gone.
+    pub state: MachineState,
+    /// Bytes of memory that the guest's balloon holds.
+    pub balloon_bytes: u64,
+    /// Guest exits to the VMM since start, all vCPUs together.
+    pub exits: u64,
+}
+
+/// The states of a machine within its VMM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MachineState {
+    /// Built, never run.
+    Configured,
+    /// vCPUs run.
+    Running,
+    /// vCPUs stand still.
+    Paused,
+    /// The guest is gone.
+    Exited,
+}
+
+/// What a VMM reports unasked.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Event {
+    /// First exit of the guest after `Run`: the machine lives.
+    FirstExit {
+        /// Microseconds since the VMM process began.
+        micros: u64,
+    },
+    /// The guest is gone; all console output has been written. The VMM exits after this.
+    Exited(ExitReason),
+}
+
+/// Why a machine ended. [`ExitReason::status`] gives the exit status that the user sees.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ExitReason {
+    /// ACPI S5.
+    PowerOff,
+    /// The guest asked for a reset (ACPI reset register, keyboard controller).
+    Reset,
+    /// The guest's kernel panicked and said so through pvpanic.
+    Panic,
+    /// The guest shut its processor down by a triple fault.
+    TripleFault,
+    /// The VMM could not go on.
+    Fault {
+        /// The whole error chain in one line.
+        message: String,
+    },
+    /// [`Command::Kill`], or the engine went away.
+    Killed,
+}
+
+impl ExitReason {
+    /// The exit status of the machine as a container's init would give it: power-off and reset 0, panic 134
+    /// (128 + SIGABRT), triple fault and VMM fault 139 (128 + SIGSEGV), killed 137 (128 + SIGKILL).
+    pub fn status(&self) -> u32 {
+        match self {
+            Self::PowerOff | Self::Reset => 0,
+            Self::Panic => 134,
+            Self::TripleFault | Self::Fault { .. } => 139,
+            Self::Killed => 137,
+        }
+    }
+}
+
+/// The time line of a start: (step, microseconds since the VMM process began), in order.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Timeline {
+    /// The steps that were passed.
+    pub steps: Vec<(String, u64)>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exit_statuses_are_those_of_the_design() {
+        let all = [
+            (ExitReason::PowerOff, 0),
+            (ExitReason::Reset, 0),
+            (ExitReason::Panic, 134),
+            (ExitReason::TripleFault, 139),
+            (ExitReason::Fault { message: String::new() }, 139),
+            (ExitReason::Killed, 137),
+        ];
+        for (reason, status) in all {
+            assert_eq!(reason.status(), status, "{reason:?}");
+        }
+    }
+
+    #[test]
+    fn messages_survive_json() {
+        let said = FromVmm::Reply { id: 7, result: Err("no such disk".into()) };
+        let json = serde_json::to_vec(&said).unwrap();
+        assert_eq!(serde_json::from_slice::<FromVmm>(&json).unwrap(), said);
+    }
+}
