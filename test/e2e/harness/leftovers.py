@@ -1,0 +1,87 @@
+"""Looks for what a case left on the machine.
+
+A case's temporary directory and containerd namespace carry a token of their own, so what other
+programs do meanwhile is never blamed on it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+from . import process
+
+_PATIENCE = 3.0
+
+
+def _mounts(token: str) -> list[str]:
+    lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
+    return [fields[4] for fields in map(str.split, lines) if token in fields[4]]
+
+
+def _cgroups(token: str) -> list[Path]:
+    """Every cgroup at or below one named after the case, the deepest first."""
+    found = []
+    for root, names, _ in os.walk("/sys/fs/cgroup", topdown=False, onerror=lambda _: None):
+        found += [Path(root) / name for name in names if token in f"{root}/{name}"]
+    return found
+
+
+def _loops(token: str) -> list[str]:
+    found = []
+    for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with contextlib.suppress(OSError):
+            if token in backing.read_text(encoding="utf-8"):
+                found.append(backing.parts[3])
+    return found
+
+
+def _namespaces(token: str) -> list[str]:
+    return [str(path) for path in Path("/run/netns").glob("*") if token in path.name]
+
+
+class Leftovers:
+    """Remembers what was there before a case and finds what is there after it."""
+
+    def __init__(self, token: str) -> None:
+        self._token = token
+        self._processes = set(process.descendants())
+
+    def _seen(self) -> list[str]:
+        seen = [f"process {pid} ({name})" for pid, name in process.descendants().items() if pid not in self._processes]
+        seen += [f"mount {path}" for path in _mounts(self._token)]
+        # runc leaves the empty group of the containerd namespace, the parent of its containers' groups.
+        seen += [f"cgroup {path}" for path in _cgroups(self._token) if path.name != self._token]
+        seen += [f"loop device {name}" for name in _loops(self._token)]
+        seen += [f"network namespace {path}" for path in _namespaces(self._token)]
+        return seen
+
+    def find(self) -> list[str]:
+        """What is left, after giving it a moment to go by itself."""
+        deadline = time.monotonic() + _PATIENCE
+        while seen := self._seen():
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+        return seen
+
+    def remove(self) -> None:
+        """Ends and removes all of it by force, so that the next case starts clean."""
+        for pid in process.descendants():
+            if pid not in self._processes:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        time.sleep(0.1)
+        for path in sorted(_mounts(self._token), reverse=True):
+            subprocess.run(["umount", "-l", path], check=False, capture_output=True)
+        for name in _loops(self._token):
+            subprocess.run(["losetup", "-d", f"/dev/{name}"], check=False, capture_output=True)
+        for path in _cgroups(self._token):
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        for path in _namespaces(self._token):
+            subprocess.run(["ip", "netns", "delete", os.path.basename(path)], check=False, capture_output=True)

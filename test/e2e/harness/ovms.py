@@ -1,0 +1,90 @@
+"""The programs of ovms as built in this checkout, with settings private to a case."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+from . import process
+from .case import CaseFailed
+from .process import Daemon
+
+REPO = Path(__file__).resolve().parents[3]
+PROGRAMS = ("ovm", "ovms-vmm", "ovms-snapshotter", "containerd-shim-ovms-v1")
+RUNTIME = "io.containerd.ovms.v1"
+
+
+def binaries() -> Path:
+    """Where the programs are: OVMS_BIN_DIR, or the checkout's release build."""
+    return Path(os.environ.get("OVMS_BIN_DIR") or REPO / "target/release")
+
+
+class Ovms:
+    """One installation of ovms below a case's directory."""
+
+    def __init__(self, directory: Path, patience: float) -> None:
+        missing = [name for name in PROGRAMS if not (binaries() / name).exists()]
+        if missing:
+            raise CaseFailed(f"{', '.join(missing)} not found in {binaries()}: run `make build` first")
+        self.directory = directory / "o"
+        self.directory.mkdir()
+        self._patience = patience
+        self.socket = self.directory / "s.sock"
+        self.bundle_socket = self.directory / "b.sock"
+        self.state = self.directory / "state"
+        self.runtime = self.directory / "run"
+        self.settings = self.directory / "ovms.toml"
+        self.path = [binaries()]
+        self.write_settings()
+        #: Environment that makes every program of ovms use these settings.
+        self.env = {"OVMS_CONFIG": str(self.settings)}
+        self.snapshotter: Daemon | None = None
+
+    def program(self, name: str) -> Path:
+        """The path of one program."""
+        return binaries() / name
+
+    def write_settings(self, *, kvm: str = "/dev/kvm", extra: str = "") -> None:
+        """Writes ovms.toml."""
+        self.settings.write_text(
+            f'[paths]\nstate = "{self.state}"\nruntime = "{self.runtime}"\n'
+            f'snapshotter_socket = "{self.socket}"\nbundle_socket = "{self.bundle_socket}"\n'
+            f'containerd_socket = "{self.directory.parent / "c/c.sock"}"\nkvm = "{kvm}"\n{extra}',
+            encoding="utf-8",
+        )
+
+    def snippet(self, release: str) -> str:
+        """The shipped containerd configuration for a release, with the sockets of this case."""
+        name = "ovms-v3.toml" if release == "containerd-2.4" else "ovms-v2.toml"
+        shipped = REPO / "config/containerd" / name
+        text = shipped.read_text(encoding="utf-8")
+        lines = [line for line in text.splitlines() if not line.startswith("version")]
+        return "\n".join(lines).replace("/run/ovms/ovms.sock", str(self.socket)) + "\n"
+
+    def start_snapshotter(self) -> Daemon:
+        """Starts the snapshotter, or starts it again."""
+        if self.snapshotter and self.snapshotter.alive():
+            return self.snapshotter
+        daemon = Daemon(
+            "ovms-snapshotter", [self.program("ovms-snapshotter"), "--config", self.settings], self.directory / "log", self.env
+        )
+        self.snapshotter = daemon
+        daemon.await_ready(self.socket.exists, self._patience)
+        return daemon
+
+    def stop_snapshotter(self, number: signal.Signals = signal.SIGTERM) -> None:
+        """Ends the snapshotter."""
+        if self.snapshotter:
+            self.snapshotter.stop(number)
+            self.snapshotter = None
+            self.socket.unlink(missing_ok=True)
+
+    def stop(self) -> None:
+        """Ends it all."""
+        self.stop_snapshotter()
+
+    def ovm(self, *words: str | Path, status: int | None = 0, timeout: float | None = None, stdin: str | None = None) -> process.Done:
+        """Runs `ovm`."""
+        return process.run([self.program("ovm"), *words], status=status, timeout=timeout or self._patience * 4,
+                           stdin=stdin, env=self.env)

@@ -1,0 +1,57 @@
+"""What a run says at its end, for people and in JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+DIRECTORY = Path(__file__).resolve().parents[3] / "target/e2e"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The result of one case in one place."""
+
+    case: str
+    where: str
+    #: passed, failed or skipped.
+    result: str
+    seconds: float
+    #: Why it failed or was skipped.
+    reason: str = ""
+
+
+def announce(outcome: Outcome) -> None:
+    """Prints the line of one case."""
+    reason = f": {outcome.reason}" if outcome.reason else ""
+    print(f"{outcome.result:7} {outcome.where:22} {outcome.case} ({outcome.seconds:.1f} s){reason}", flush=True)
+
+
+def write(outcomes: list[Outcome], path: Path) -> None:
+    """Writes the report, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=1) + "\n", encoding="utf-8")
+    scratch.rename(path)
+
+
+def read(path: Path) -> list[Outcome]:
+    """Reads a report written by `write`."""
+    return [Outcome(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
+
+
+def close(outcomes: list[Outcome], path: Path, *, quiet: bool) -> int:
+    """Writes the report, prints the closing lines and returns the exit status."""
+    write(outcomes, path)
+    count = {result: sum(o.result == result for o in outcomes) for result in ("passed", "failed", "skipped")}
+    if not quiet:
+        for outcome in outcomes:
+            if outcome.result == "failed":
+                print(f"FAILED {outcome.where} {outcome.case}: {outcome.reason}")
+        reasons = sorted({o.reason for o in outcomes if o.result == "skipped"})
+        for reason in reasons:
+            print(f"SKIPPED {sum(o.reason == reason for o in outcomes)} because {reason}")
+        print(f"report: {path}")
+        print(f"{count['passed']} passed, {count['failed']} failed, {count['skipped']} skipped", flush=True)
+    return 1 if count["failed"] or not outcomes else 0

@@ -1,0 +1,150 @@
+"""Runs the cases one after another, each on a bed of its own."""
+
+from __future__ import annotations
+
+import fnmatch
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from testbed import nestedhost
+
+from . import places, process, report
+from .bed import Bed
+from .case import CASES, Case, CaseFailed, CaseSkipped
+from .guests import Guests
+from .report import Outcome
+
+#: Seconds that something quick may take: on this machine, and in an emulated one.
+_PATIENCE = {"native": 15.0, "direct": 15.0, "nested": 90.0}
+#: How much longer a whole case may take in an emulated host.
+_SLOWNESS = {"native": 1.0, "direct": 1.0, "nested": 5.0}
+
+
+class _TimedOut(Exception):
+    """The case used up its time."""
+
+
+def names() -> list[str]:
+    """The names of all cases, in the order in which they run."""
+    return [case.name for case in CASES]
+
+
+def run_everywhere(where: str, pattern: str, inside: bool, path: Path) -> list[Outcome]:
+    """Runs the matching cases in every place that `where` stands for; the report on disk grows with them."""
+    process.become_subreaper()
+    wanted = [case for case in CASES if fnmatch.fnmatch(case.name, pattern)]
+    outcomes: list[Outcome] = []
+    for place in places.chosen(where):
+        if place == "nested" and not inside:
+            batch = _run_nested(wanted, pattern, path)
+        else:
+            batch = _run_here(wanted, place)
+        for outcome in batch:
+            outcomes.append(outcome)
+            if not (place == "nested" and not inside):
+                report.announce(outcome)
+            report.write(outcomes, path)
+    return outcomes
+
+
+def _run_nested(wanted: list[Case], pattern: str, path: Path) -> Iterator[Outcome]:
+    reason = places.unusable("nested")
+    relevant = [case for case in wanted if "stock" in case.guests]
+    if reason:
+        for case in relevant:
+            outcome = Outcome(case.name, "nested", "skipped", 0, reason)
+            report.announce(outcome)
+            yield outcome
+        return
+    if not relevant:
+        return
+    host = nestedhost.NestedHost.default()
+    started = host.start()
+    inner = path.with_name("report-nested.json")
+    inner.unlink(missing_ok=True)
+    try:
+        argv = ["python3", "-B", str(Path(__file__).resolve().parents[1] / "run.py"), "--inside", "--where", "nested", "--case", pattern,
+                "--report", str(inner)]
+        status = nestedhost.relay(host, argv, cwd="/")
+        done = report.read(inner) if inner.exists() else []
+        yield from done
+        missing = {case.name for case in relevant} - {outcome.case for outcome in done}
+        for name in sorted(missing):
+            yield Outcome(name, "nested", "failed", 0, f"the run in the nested host ended with {status} before this case")
+    finally:
+        if started:
+            host.stop()
+
+
+def _run_here(wanted: list[Case], place: str) -> Iterator[Outcome]:
+    kind = "native" if place == "native" else "stock"
+    reason = places.unusable(place)
+    no_kvm = places.without_kvm()
+    guests = Guests(kind)
+    try:
+        for case in wanted:
+            if kind not in case.guests:
+                continue
+            releases = case.containerds or ("",)
+            # An emulated host is slow: one containerd there, all of them on this machine.
+            for release in releases[:1] if place == "nested" else releases:
+                where = f"{place}/{release}" if release else place
+                if reason or (case.vm and no_kvm):
+                    yield Outcome(case.name, where, "skipped", 0, reason or no_kvm)
+                else:
+                    yield _run_case(case, place, where, release, guests)
+    finally:
+        guests.close()
+
+
+def _run_case(case: Case, place: str, where: str, release: str, guests: Guests) -> Outcome:
+    began = time.monotonic()
+    bed = Bed(release, guests, _PATIENCE[place])
+    result, reasons = "passed", []
+    try:
+        with _time_limit(case.seconds * _SLOWNESS[place]):
+            case.body(bed)
+    except CaseSkipped as skip:
+        result, reasons = "skipped", [str(skip)]
+    except CaseFailed as failure:
+        result, reasons = "failed", [str(failure)]
+    except _TimedOut:
+        result, reasons = "failed", [f"not done after {case.seconds * _SLOWNESS[place]:.0f} s, at {_place_in(sys.exc_info()[2])}"]
+    except KeyboardInterrupt:
+        bed.close()
+        raise
+    # A case that breaks must not take the cases after it along.
+    except Exception as error:  # noqa: BLE001
+        result, reasons = "failed", [f"{type(error).__name__} at {_place_in(error.__traceback__)}: {error}"]
+    seconds = time.monotonic() - began
+    if result == "failed":
+        bed.save_logs(report.DIRECTORY / "logs" / f"{where.replace('/', '-')}-{case.name}")
+    wrong = bed.close()
+    if wrong:
+        result, reasons = "failed", [*reasons, *wrong]
+    return Outcome(case.name, where, result, round(seconds, 2), "; ".join(reasons))
+
+
+def _place_in(trace: object) -> str:
+    frames = [frame for frame in traceback.extract_tb(trace) if "/cases/" in frame.filename]  # type: ignore[arg-type]
+    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "the harness"
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    def expire(_number: int, _frame: FrameType | None) -> None:
+        raise _TimedOut
+
+    before = signal.signal(signal.SIGALRM, expire)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
