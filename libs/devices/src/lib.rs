@@ -24,9 +24,15 @@
 )]
 
 pub mod bus;
+pub mod console;
 pub mod irq;
 pub mod machine;
 pub mod pci;
+mod poll;
+mod sync;
+#[allow(unsafe_code, reason = "system calls that the standard library does not wrap")]
+mod sys;
+pub mod threads;
 pub mod virtio;
 
 /// Guest memory as every device sees it.

@@ -1,0 +1,56 @@
+//! Byte streams between a guest's console and the host.
+//!
+//! ```text
+//!   host fd ──Reader thread──> InputQueue ──> serial / virtio-console ──> ByteSink (Writer ring) ──Writer thread──> host fd
+//!        ^                        │ room                                       │ full
+//!        └──── stops reading ─────┘                       vCPU waits at gate ──┘
+//! ```
+//!
+//! Nothing is lost in either direction while both ends live. Input that the guest has no room for stays in the host's
+//! pipe. Output is always accepted, since a register write cannot wait; the vCPU waits *after* the exit, at
+//! [`ByteSink::wait_room`], where it holds no lock and can be kicked.
+
+mod input;
+mod reader;
+mod writer;
+
+use std::fmt;
+
+pub use input::InputQueue;
+pub use reader::Reader;
+pub use writer::Writer;
+
+/// Takes a console's output.
+pub trait ByteSink: Send + Sync {
+    /// Takes `bytes`, always, without waiting.
+    fn push(&self, bytes: &[u8]);
+
+    /// Whether who pushes should wait before it pushes more. One atomic load.
+    fn is_full(&self) -> bool;
+
+    /// Waits until the sink is not full, or until `stop` says so. `stop` is asked at once and after each
+    /// [`ByteSink::kick`].
+    fn wait_room(&self, stop: &dyn Fn() -> bool);
+
+    /// Wakes whoever waits in [`ByteSink::wait_room`], to ask its `stop` again.
+    fn kick(&self);
+}
+
+/// A sink that forgets.
+#[derive(Clone, Copy, Default)]
+pub struct NullSink;
+
+impl ByteSink for NullSink {
+    fn push(&self, _bytes: &[u8]) {}
+    fn is_full(&self) -> bool {
+        false
+    }
+    fn wait_room(&self, _stop: &dyn Fn() -> bool) {}
+    fn kick(&self) {}
+}
+
+impl fmt::Debug for NullSink {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("NullSink")
+    }
+}

@@ -1,0 +1,191 @@
+//! The output half of a console: a bounded ring and a thread that empties it into a host descriptor.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use vmm_sys_util::eventfd::{EventFd, EFD_CLOEXEC, EFD_NONBLOCK};
+
+use super::ByteSink;
+use crate::poll::{wait_fds, Interest};
+use crate::sync::lock;
+use crate::threads::{Spawner, ThreadKind};
+
+/// Bytes from which on the ring counts as full.
+const SOFT_LIMIT: usize = 64 << 10;
+/// Bytes at which the ring starts to forget. Only a pusher that never waits gets here: one exit of a vCPU pushes at
+/// most a page.
+const HARD_LIMIT: usize = 1 << 20;
+/// Bytes per write: a pipe that polls writable takes this many without blocking (PIPE_BUF).
+const CHUNK: usize = 4096;
+
+#[derive(Default)]
+struct Ring {
+    bytes: VecDeque<u8>,
+    /// Bytes that the thread has taken out and not yet written.
+    in_flight: usize,
+    closed: bool,
+}
+
+struct Shared {
+    ring: Mutex<Ring>,
+    changed: Condvar,
+    full: AtomicBool,
+    lost: AtomicU64,
+    stop: EventFd,
+}
+
+/// A [`ByteSink`] over a host descriptor: pipe, fifo, pty or file.
+///
+/// The thread never makes the descriptor non-blocking, since others share its open file; it polls before each write of
+/// at most one pipe buffer. When nobody holds the other end any more, output is dropped and counted.
+pub struct Writer {
+    shared: Arc<Shared>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Writer {
+    /// Starts the thread.
+    ///
+    /// # Errors
+    /// The system has no thread or no eventfd to give.
+    pub fn spawn(fd: OwnedFd, spawner: &Spawner) -> io::Result<Self> {
+        let shared = Arc::new(Shared {
+            ring: Mutex::default(),
+            changed: Condvar::new(),
+            full: AtomicBool::new(false),
+            lost: AtomicU64::new(0),
+            stop: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+        });
+        let own = Arc::clone(&shared);
+        let thread = spawner.spawn(ThreadKind::ConsoleWriter, "console-out", move || own.run(File::from(fd)))?;
+        Ok(Self { shared, thread: Mutex::new(Some(thread)) })
+    }
+
+    /// Waits until everything pushed so far is written, at most until `deadline`, then ends the thread and closes the
+    /// descriptor. Returns how many bytes were not written. Later pushes are dropped.
+    pub fn flush_and_close(&self, deadline: Instant) -> u64 {
+        let unwritten = {
+            let mut ring = lock(&self.shared.ring);
+            ring.closed = true;
+            self.shared.changed.notify_all();
+            loop {
+                let left = deadline.saturating_duration_since(Instant::now());
+                let waiting = ring.bytes.len().saturating_add(ring.in_flight);
+                if waiting == 0 || left == Duration::ZERO {
+                    break waiting;
+                }
+                ring = self.shared.changed.wait_timeout(ring, left).unwrap_or_else(PoisonError::into_inner).0;
+            }
+        };
+        let _ = self.shared.stop.write(1);
+        // A thread that is stuck in a write to a dead terminal is left behind; it holds nothing but its descriptor.
+        if unwritten == 0 {
+            if let Some(thread) = lock(&self.thread).take() {
+                let _ = thread.join();
+            }
+        }
+        self.shared.lost.load(Ordering::Relaxed).saturating_add(unwritten as u64)
+    }
+
+    /// Bytes dropped because nobody held the other end or the ring ran over.
+    pub fn lost(&self) -> u64 {
+        self.shared.lost.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        lock(&self.shared.ring).closed = true;
+        self.shared.changed.notify_all();
+        let _ = self.shared.stop.write(1);
+    }
+}
+
+impl ByteSink for Writer {
+    fn push(&self, bytes: &[u8]) {
+        let mut ring = lock(&self.shared.ring);
+        let room = if ring.closed { 0 } else { HARD_LIMIT.saturating_sub(ring.bytes.len()) };
+        let taken = bytes.iter().take(room);
+        self.shared.lost.fetch_add(bytes.len().saturating_sub(taken.len()) as u64, Ordering::Relaxed);
+        let was_empty = ring.bytes.is_empty();
+        ring.bytes.extend(taken);
+        self.shared.full.store(ring.bytes.len() >= SOFT_LIMIT, Ordering::Release);
+        if was_empty {
+            self.shared.changed.notify_all();
+        }
+    }
+
+    fn is_full(&self) -> bool {
+        self.shared.full.load(Ordering::Acquire)
+    }
+
+    fn wait_room(&self, stop: &dyn Fn() -> bool) {
+        let mut ring = lock(&self.shared.ring);
+        while self.is_full() && !ring.closed && !stop() {
+            ring = self.shared.changed.wait(ring).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn kick(&self) {
+        // Taking the lock orders the kick after a waiter's last look at its `stop`.
+        let _ring = lock(&self.shared.ring);
+        self.shared.changed.notify_all();
+    }
+}
+
+impl Shared {
+    fn run(&self, mut out: File) {
+        let mut chunk = Vec::with_capacity(CHUNK);
+        while self.take(&mut chunk) {
+            let written = self.write_all(&mut out, &chunk);
+            let dropped = chunk.len().saturating_sub(written);
+            self.lost.fetch_add(dropped as u64, Ordering::Relaxed);
+            lock(&self.ring).in_flight = 0;
+            self.changed.notify_all();
+        }
+    }
+
+    /// Takes the next chunk out of the ring; waits for one. `false` when the ring is closed and empty.
+    fn take(&self, chunk: &mut Vec<u8>) -> bool {
+        chunk.clear();
+        let mut ring = lock(&self.ring);
+        while ring.bytes.is_empty() {
+            if ring.closed {
+                return false;
+            }
+            ring = self.changed.wait(ring).unwrap_or_else(PoisonError::into_inner);
+        }
+        let count = ring.bytes.len().min(CHUNK);
+        chunk.extend(ring.bytes.drain(..count));
+        ring.in_flight = count;
+        if ring.bytes.len() < SOFT_LIMIT / 2 {
+            self.full.store(false, Ordering::Release);
+            self.changed.notify_all();
+        }
+        true
+    }
+
+    /// Writes what can be written; returns how many bytes that were.
+    fn write_all(&self, out: &mut File, chunk: &[u8]) -> usize {
+        let mut written = 0usize;
+        while let Some(rest) = chunk.get(written..).filter(|rest| !rest.is_empty()) {
+            match wait_fds(&[(&*out, Interest::Write), (&self.stop, Interest::Read)], None) {
+                Ok(ready) if ready.first() == Some(&true) => {}
+                Ok(_) => return written,
+                Err(_) => return written,
+            }
+            match out.write(rest) {
+                Ok(count) => written = written.saturating_add(count),
+                Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+                Err(_) => return written,
+            }
+        }
+        written
+    }
+}
