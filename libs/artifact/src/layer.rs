@@ -1,0 +1,441 @@
+//! What a layer blob holds, read from a stream of unknown origin.
+//!
+//! ```text
+//! blob ──(media type)──> decompress ──┬─(a tar)──> ovm/disk.qcow2 | ovm/disk.raw, ovm/manifest.json
+//!                                     └─(no tar, annotated)──> the disk itself
+//! ```
+//! Three things are decided here, each from one source: the compression from the media type, the disk's format from the
+//! tar member's name (for a blob that is the disk: from its `ovms.format` annotation), and whether the blob is a tar or
+//! the disk from whether its first block is a tar header. A disk's format is never guessed from its bytes: a guest that
+//! owns a raw disk can write a qcow2 header into it.
+//!
+//! Ordinary container layers are told apart at their first file and refused with [`LayerError::Ordinary`], so a caller
+//! that serves both knows at once.
+
+use std::cell::Cell;
+use std::io::{self, Cursor, Read};
+
+use flate2::read::MultiGzDecoder;
+
+use crate::archive::{self, ArchiveError, MemberKind, Walker};
+use crate::digest::{Digest, Hasher, HashingReader};
+use crate::manifest::{DiskFormat, Manifest, ManifestError, MAX_MANIFEST};
+use crate::media::{self, Compression};
+
+/// Largest zstd window that is allocated: 2^27 bytes, the limit of the zstd command line without `--long`.
+const ZSTD_WINDOW_LOG: u32 = 27;
+/// A ratio is judged once this many bytes came out: small blobs of zeros compress beyond any sane ratio.
+const RATIO_GRACE: u64 = 1 << 30;
+
+/// Why a layer is refused.
+#[derive(Debug, thiserror::Error)]
+pub enum LayerError {
+    /// The media type is none of a layer.
+    #[error("media type \"{0}\" is not that of a layer")]
+    MediaType(String),
+    /// The annotation names no format we know.
+    #[error("annotation ovms.format: \"{0}\" is not supported, use qcow2 or raw")]
+    Format(String),
+    /// Neither a tar nor annotated.
+    #[error(
+        "the layer is no tar archive and has no ovms.format annotation that would say which disk it is: build the \
+         image with tar-wrapped layers (the default of ovm build), or copy it with skopeo copy --preserve-digests"
+    )]
+    Unannotated,
+    /// A tar of an ordinary container image; nothing of ours came before this member.
+    #[error("the layer is one of an ordinary container image (first file \"{0}\")")]
+    Ordinary(String),
+    /// A tar of ours that holds something else too.
+    #[error("member \"{0}\" has no place in an OVMS layer")]
+    Foreign(String),
+    /// Both disk names.
+    #[error("the layer holds both ovm/disk.qcow2 and ovm/disk.raw, it may hold one")]
+    TwoDisks,
+    /// Nothing at all.
+    #[error("the layer holds neither a disk nor a descriptor")]
+    Empty,
+    /// Annotation and member name disagree.
+    #[error("annotation ovms.format says {annotation}, but the layer holds ovm/disk.{member}")]
+    FormatMismatch {
+        /// What the annotation says.
+        annotation: &'static str,
+        /// What the member's name says.
+        member: &'static str,
+    },
+    /// More bytes than [`Limits`] allow.
+    #[error("the {what} has more than the {limit} bytes allowed")]
+    TooLarge {
+        /// `disk`, `descriptor` or `layer`.
+        what: &'static str,
+        /// The limit in bytes.
+        limit: u64,
+    },
+    /// Compressed beyond what a disk can be.
+    #[error("the layer decompresses to more than {0} times its size")]
+    Ratio(u64),
+    /// The archive is damaged or does what it must not.
+    #[error("the layer's archive is refused")]
+    Archive(#[source] ArchiveError),
+    /// The descriptor is no manifest.
+    #[error("the layer's ovm/manifest.json is refused")]
+    Descriptor(#[source] ManifestError),
+    /// Reading failed; digest errors of a [`crate::digest::VerifyingReader`] come here.
+    #[error("the layer cannot be read")]
+    Io(#[source] io::Error),
+    /// The visitor failed; its own error.
+    #[error("the disk cannot be taken")]
+    Visitor(#[source] Box<dyn std::error::Error + Send + Sync>),
+}
+
+/// How to read a layer: what its descriptor says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Encoding {
+    /// The compression, from the media type.
+    pub compression: Compression,
+    /// The disk's format, from the annotation.
+    pub annotated: Option<DiskFormat>,
+}
+
+impl Encoding {
+    /// Reads a layer's media type and the value of its annotation [`media::ANNOTATION_FORMAT`], if it has one.
+    ///
+    /// # Errors
+    /// [`LayerError::MediaType`] and [`LayerError::Format`].
+    pub fn identify(media_type: &str, format: Option<&str>) -> Result<Self, LayerError> {
+        let cut = |text: &str| text.chars().take(100).collect::<String>();
+        let compression =
+            media::layer_compression(media_type).ok_or_else(|| LayerError::MediaType(cut(media_type)))?;
+        let annotated = match format.map(|name| (name, DiskFormat::from_name(name))) {
+            None => None,
+            Some((_, Some(format @ (DiskFormat::Qcow2 | DiskFormat::Raw)))) => Some(format),
+            Some((name, _)) => return Err(LayerError::Format(cut(name))),
+        };
+        Ok(Self { compression, annotated })
+    }
+}
+
+/// Caps on what a layer may make us read or hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Most bytes of a disk file.
+    pub disk: u64,
+    /// Most bytes out for each byte in, judged from the first GiB on.
+    pub ratio: u64,
+}
+
+impl Default for Limits {
+    /// 2 TiB, and a ratio that gzip cannot reach and zstd reaches with nothing but zeros.
+    fn default() -> Self {
+        Self { disk: 2 << 40, ratio: 10_000 }
+    }
+}
+
+/// The disk file of a layer, as handed to the visitor.
+pub struct DiskFile<'a> {
+    /// Its format.
+    pub format: DiskFormat,
+    /// Its size in bytes, where a tar header states it; a bare blob's is known at its end.
+    pub size: Option<u64>,
+    /// Its bytes.
+    pub reader: &'a mut dyn Read,
+}
+
+/// What a visitor may fail with.
+pub type VisitResult = Result<(), Box<dyn std::error::Error + Send + Sync>>;
+
+/// What was found in a disk file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DiskSummary {
+    /// Its format.
+    pub format: DiskFormat,
+    /// Its size in bytes.
+    pub size: u64,
+    /// The digest of the disk file itself; computed only if the layer's descriptor came before the disk, since such a
+    /// descriptor cannot name its own layer and refers to the disk by this digest.
+    pub digest: Option<Digest>,
+    /// The blob is the disk, without a tar around it.
+    pub bare: bool,
+}
+
+/// What a layer held.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LayerSummary {
+    /// Digest of the decompressed stream, its end included: the diff_id.
+    pub diff_id: Digest,
+    /// Bytes of the decompressed stream.
+    pub size: u64,
+    /// The disk, if it held one.
+    pub disk: Option<DiskSummary>,
+    /// The descriptor as bytes, if it held one; already parsed once, not validated.
+    pub descriptor: Option<Vec<u8>>,
+}
+
+/// Reads a layer to its end: hands the disk file, if there is one, to `visit`, and says what was found.
+///
+/// What the visitor leaves unread is read and hashed here. Nothing is verified against a digest: wrap `reader` into a
+/// [`crate::digest::VerifyingReader`] for the blob, compare [`LayerSummary::diff_id`] for the layer, and publish what the
+/// visitor made only after this returned `Ok`.
+///
+/// # Errors
+/// Every [`LayerError`] but [`LayerError::MediaType`] and [`LayerError::Format`].
+pub fn read<R: Read>(
+    mut reader: R,
+    encoding: Encoding,
+    limits: &Limits,
+    visit: &mut dyn FnMut(DiskFile<'_>) -> VisitResult,
+) -> Result<LayerSummary, LayerError> {
+    let taken = Cell::new(0);
+    let input = Counted { inner: &mut reader, taken: &taken };
+    let ratio = if encoding.compression == Compression::None { u64::MAX } else { limits.ratio };
+    let decoded: Box<dyn Read + '_> = match encoding.compression {
+        Compression::None => Box::new(input),
+        Compression::Gzip => Box::new(MultiGzDecoder::new(input)),
+        Compression::Zstd => {
+            let mut decoder = zstd::stream::read::Decoder::new(input).map_err(LayerError::Io)?;
+            decoder.window_log_max(ZSTD_WINDOW_LOG).map_err(LayerError::Io)?;
+            Box::new(decoder)
+        }
+    };
+    let summary = read_decoded(Capped { inner: decoded, taken: &taken, given: 0, ratio }, encoding, limits, visit)?;
+    // A decoder may stop before its input does; a verifying reader judges at the very end.
+    io::copy(&mut reader, &mut io::sink()).map_err(LayerError::Io)?;
+    Ok(summary)
+}
+
+fn read_decoded(
+    stream: Capped<'_>,
+    encoding: Encoding,
+    limits: &Limits,
+    visit: &mut dyn FnMut(DiskFile<'_>) -> VisitResult,
+) -> Result<LayerSummary, LayerError> {
+    let mut stream = HashingReader::new(stream);
+    let first = first_block(&mut stream)?;
+    let tar = archive::is_header(&first) && (encoding.annotated.is_none() || begins_ours(&first));
+    let zeros = first.iter().all(|b| *b == 0);
+    let content = Cursor::new(first).chain(&mut stream);
+    let (disk, descriptor) = match (tar, encoding.annotated) {
+        (true, _) => {
+            let mut walk = TarWalk { walker: Walker::new(content), disk: None, descriptor: None };
+            walk.run(limits, visit)?;
+            walk.finish(encoding.annotated)?
+        }
+        (false, Some(format)) => (Some(bare_disk(content, format, limits, visit)?), None),
+        (false, None) if zeros => return Err(judge_zeros(content)?),
+        (false, None) => return Err(LayerError::Unannotated),
+    };
+    io::copy(&mut stream, &mut io::sink()).map_err(stream_error)?;
+    let size = stream.size();
+    Ok(LayerSummary { diff_id: stream.finish(), size, disk, descriptor })
+}
+
+/// The first block of the stream, shorter only if the stream is.
+fn first_block(stream: &mut dyn Read) -> Result<Vec<u8>, LayerError> {
+    let mut first = Vec::new();
+    stream.take(archive::BLOCK).read_to_end(&mut first).map_err(stream_error)?;
+    Ok(first)
+}
+
+/// Whether an annotated layer's first header is one that a tar of ours begins with: `ovm/…`, or an extension record.
+fn begins_ours(block: &[u8]) -> bool {
+    let header = tar::Header::from_byte_slice(block);
+    let name = header.path_bytes();
+    let name = name.strip_prefix(b"./").unwrap_or(&name);
+    matches!(header.entry_type().as_byte(), b'x' | b'g' | b'L') || name.is_empty() || name.starts_with(b"ovm")
+}
+
+/// Zeros only: the empty archive of an ordinary image, or a disk that lost its annotation.
+fn judge_zeros(content: impl Read) -> Result<LayerError, LayerError> {
+    const EMPTY_ARCHIVE: u64 = 1 << 20;
+    let mut rest = Vec::new();
+    content.take(EMPTY_ARCHIVE.saturating_add(1)).read_to_end(&mut rest).map_err(stream_error)?;
+    let empty = rest.len() as u64 <= EMPTY_ARCHIVE && rest.iter().all(|b| *b == 0);
+    Ok(if empty { LayerError::Empty } else { LayerError::Unannotated })
+}
+
+fn bare_disk(
+    mut content: impl Read,
+    format: DiskFormat,
+    limits: &Limits,
+    visit: &mut dyn FnMut(DiskFile<'_>) -> VisitResult,
+) -> Result<DiskSummary, LayerError> {
+    let mut disk = Member { inner: &mut content, size: 0, limit: limits.disk, hasher: None };
+    hand_over(&mut disk, format, None, visit)?;
+    Ok(DiskSummary { format, size: disk.size, digest: None, bare: true })
+}
+
+/// Gives the disk to the visitor and reads what the visitor left.
+fn hand_over(
+    disk: &mut Member<'_>,
+    format: DiskFormat,
+    size: Option<u64>,
+    visit: &mut dyn FnMut(DiskFile<'_>) -> VisitResult,
+) -> Result<(), LayerError> {
+    visit(DiskFile { format, size, reader: disk }).map_err(|e| match e.downcast() {
+        // What the stream itself said comes back through the visitor's reads: give it its own name again.
+        Ok(io) => stream_error(*io),
+        Err(other) => LayerError::Visitor(other),
+    })?;
+    io::copy(disk, &mut io::sink()).map(drop).map_err(stream_error)
+}
+
+/// Recognises our own errors inside an [`io::Error`].
+fn stream_error(error: io::Error) -> LayerError {
+    match error.downcast::<CapError>() {
+        Ok(CapError::Ratio(ratio)) => LayerError::Ratio(ratio),
+        Ok(CapError::Disk(limit)) => LayerError::TooLarge { what: "disk", limit },
+        Err(other) => LayerError::Io(other),
+    }
+}
+
+/// The walk through a layer's tar.
+struct TarWalk<R> {
+    walker: Walker<R>,
+    disk: Option<DiskSummary>,
+    descriptor: Option<Vec<u8>>,
+}
+
+impl<R: Read> TarWalk<R> {
+    fn run(
+        &mut self,
+        limits: &Limits,
+        visit: &mut dyn FnMut(DiskFile<'_>) -> VisitResult,
+    ) -> Result<(), LayerError> {
+        while let Some(member) = self.walker.next().map_err(archive_error)? {
+            let format = match member.path.as_str() {
+                "" | media::MEMBER_DIR if member.kind == MemberKind::Folder => continue,
+                media::MEMBER_QCOW2 => Some(DiskFormat::Qcow2),
+                media::MEMBER_RAW => Some(DiskFormat::Raw),
+                media::MEMBER_MANIFEST => None,
+                _ if self.disk.is_none() && self.descriptor.is_none() => {
+                    return Err(LayerError::Ordinary(member.path));
+                }
+                _ => return Err(LayerError::Foreign(member.path)),
+            };
+            if let MemberKind::Special(kind) = member.kind {
+                return Err(LayerError::Archive(ArchiveError::Kind(member.path, kind)));
+            }
+            match format {
+                _ if member.kind == MemberKind::Folder => return Err(LayerError::Foreign(member.path)),
+                Some(_) if self.disk.is_some() => return Err(LayerError::TwoDisks),
+                Some(format) => self.take_disk(format, member.size, limits, visit)?,
+                None => self.take_descriptor(member.size)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn take_disk(
+        &mut self,
+        format: DiskFormat,
+        size: u64,
+        limits: &Limits,
+        visit: &mut dyn FnMut(DiskFile<'_>) -> VisitResult,
+    ) -> Result<(), LayerError> {
+        if size > limits.disk {
+            return Err(LayerError::TooLarge { what: "disk", limit: limits.disk });
+        }
+        let hasher = self.descriptor.is_some().then(Hasher::new);
+        let mut content = self.walker.content();
+        let mut disk = Member { inner: &mut content, size: 0, limit: limits.disk, hasher };
+        hand_over(&mut disk, format, Some(size), visit)?;
+        let digest = disk.hasher.map(Hasher::finish);
+        self.disk = Some(DiskSummary { format, size, digest, bare: false });
+        Ok(())
+    }
+
+    fn take_descriptor(&mut self, size: u64) -> Result<(), LayerError> {
+        if size > MAX_MANIFEST {
+            return Err(LayerError::TooLarge { what: "descriptor", limit: MAX_MANIFEST });
+        }
+        let mut bytes = Vec::new();
+        self.walker.content().read_to_end(&mut bytes).map_err(stream_error)?;
+        Manifest::parse(&bytes).map_err(LayerError::Descriptor)?;
+        self.descriptor = Some(bytes);
+        Ok(())
+    }
+
+    fn finish(self, annotated: Option<DiskFormat>) -> Result<(Option<DiskSummary>, Option<Vec<u8>>), LayerError> {
+        match (annotated, self.disk) {
+            (None, None) if self.descriptor.is_none() => Err(LayerError::Empty),
+            (Some(annotation), Some(disk)) if annotation != disk.format => {
+                Err(LayerError::FormatMismatch { annotation: annotation.name(), member: disk.format.name() })
+            }
+            (Some(_), None) => Err(LayerError::Empty),
+            (_, disk) => Ok((disk, self.descriptor)),
+        }
+    }
+}
+
+fn archive_error(error: ArchiveError) -> LayerError {
+    match error {
+        ArchiveError::Io(error) => stream_error(error),
+        other => LayerError::Archive(other),
+    }
+}
+
+/// Why a stream was stopped, carried through an [`io::Error`].
+#[derive(Debug, thiserror::Error)]
+enum CapError {
+    #[error("the compression ratio is above {0}")]
+    Ratio(u64),
+    #[error("the disk has more than {0} bytes")]
+    Disk(u64),
+}
+
+/// Counts what the decoder takes.
+struct Counted<'a, R> {
+    inner: &'a mut R,
+    taken: &'a Cell<u64>,
+}
+
+impl<R: Read> Read for Counted<'_, R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let n = self.inner.read(buffer)?;
+        self.taken.set(self.taken.get().saturating_add(n as u64));
+        Ok(n)
+    }
+}
+
+/// Stops a decoder that gives too much for what it takes.
+struct Capped<'a> {
+    inner: Box<dyn Read + 'a>,
+    taken: &'a Cell<u64>,
+    given: u64,
+    ratio: u64,
+}
+
+impl Read for Capped<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let n = self.inner.read(buffer)?;
+        self.given = self.given.saturating_add(n as u64);
+        if self.given > RATIO_GRACE && self.given > self.taken.get().saturating_mul(self.ratio) {
+            return Err(io::Error::other(CapError::Ratio(self.ratio)));
+        }
+        Ok(n)
+    }
+}
+
+/// A disk's bytes: counted, capped, hashed where that is wanted.
+struct Member<'a> {
+    inner: &'a mut dyn Read,
+    size: u64,
+    limit: u64,
+    hasher: Option<Hasher>,
+}
+
+impl Read for Member<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let n = self.inner.read(buffer)?;
+        self.size = self.size.saturating_add(n as u64);
+        if self.size > self.limit {
+            return Err(io::Error::other(CapError::Disk(self.limit)));
+        }
+        if let Some(hasher) = &mut self.hasher {
+            hasher.update(buffer.get(..n).unwrap_or_default());
+        }
+        Ok(n)
+    }
+}
+
+#[cfg(test)]
+mod tests;
