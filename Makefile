@@ -11,7 +11,7 @@ BINARIES := ovm ovms-vmm ovms-snapshotter containerd-shim-ovms-v1
 export DEBIAN_FRONTEND = noninteractive
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build install uninstall guests demo test test-kvm e2e bench lint fmt layers house deny fuzz-smoke clean
+.PHONY: help deps build install uninstall guests suite demo test test-kvm e2e bench lint fmt layers house deny fuzz-smoke clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,7 +47,10 @@ test: ## Run the tests that need neither root nor KVM
 test-kvm: build guests ## Run the tests that need root and /dev/kvm (bare-metal guests)
 	$(CARGO) test --workspace --locked -- --ignored --test-threads=2
 
-e2e: build guests ## Run the end-to-end cases: E2E=auto|native|nested|direct CASE=glob
+suite: ## Build containerd's own snapshotter test suite
+	cd test/snapshotter-suite && CGO_ENABLED=0 go test -c -trimpath -o ../../target/e2e/snapshotter-suite .
+
+e2e: build guests suite ## Run the end-to-end cases: E2E=auto|native|nested|direct CASE=glob
 	E2E='$(E2E)' CASE='$(CASE)' python3 test/e2e/run.py
 
 bench: build guests ## Measure each promise beside its floor; writes target/bench/report.json
