@@ -2,11 +2,18 @@
 //!
 //! The result is a sparse raw file with every byte at its guest offset, and a [`LayerMap`] that says which ranges the
 //! layer defines. A qcow2 may leave ranges absent (they fall through to the layer below); a raw layer defines its whole
-//! range: data, or zeros where it has holes.
+//! range: data, or zeros where it has holes. Data that is all zeros is not stored but marked.
 
-use std::fs::File;
+use std::{fs::File, os::unix::fs::FileExt};
 
-use crate::{LayerMap, ReadAt, Result};
+use crate::{map::MapBuilder, qcow2, tiles::MAX_SIZE, Error, LayerMap, ReadAt, Result, State, SECTOR};
+
+/// Data is written, and holes are left, in units of this many bytes.
+const PAGE: usize = 4096;
+/// Zeros are marked in the map in units of this many bytes, so that they do not make it long.
+const ZERO_UNIT: u64 = 64 << 10;
+/// The data that any layer may have, however short its file is.
+const FREE_DATA: u64 = 64 << 20;
 
 /// The format of a layer, as the image's manifest or the tar member's name gives it; never guessed from content.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,7 +47,7 @@ impl Default for Limits {
 pub struct Info {
     /// The layer's format.
     pub format: Format,
-    /// The size of the disk that it describes, in bytes, rounded up to whole sectors.
+    /// The size of the disk that it describes, in bytes, a multiple of 512 (a raw file's last sector is filled up).
     pub virtual_size: u64,
     /// The length of the layer file, in bytes.
     pub file_size: u64,
@@ -51,12 +58,25 @@ pub struct Info {
 /// # Errors
 /// Whatever would make [`convert`] refuse the layer by its header.
 pub fn probe<S: ReadAt + ?Sized>(source: &S, format: Format, limits: &Limits) -> Result<Info> {
-    let _ = (source, format, limits);
-    unimplemented!()
+    match format {
+        Format::Qcow2 => {
+            let header = qcow2::Header::read(source, limits)?;
+            Ok(Info { format, virtual_size: header.size, file_size: header.file_size })
+        }
+        Format::Raw => {
+            let file_size = source.size().map_err(Error::io("read the layer"))?;
+            let limit = limits.max_virtual_bytes.min(MAX_SIZE);
+            let virtual_size = file_size.checked_next_multiple_of(SECTOR).unwrap_or(u64::MAX);
+            if virtual_size > limit {
+                return Err(Error::Limit { what: "virtual size", value: virtual_size, limit });
+            }
+            Ok(Info { format, virtual_size, file_size })
+        }
+    }
 }
 
 /// Converts a layer: writes its data to `data` (an empty file; made sparse, as long as the virtual size) and returns
-/// the map. `progress(done, total)` is called about once for each MiB with guest bytes.
+/// the map. `progress(done, total)` is called from time to time with guest bytes. Syncing `data` is the caller's.
 ///
 /// # Errors
 /// The layer is refused (see [`crate::Error`]) or a file cannot be read or written; `data` is then worthless.
@@ -67,6 +87,112 @@ pub fn convert<S: ReadAt + ?Sized>(
     limits: &Limits,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<LayerMap> {
-    let _ = (source, format, data, limits, progress);
-    unimplemented!()
+    let info = probe(source, format, limits)?;
+    let by_ratio = info.file_size.saturating_mul(limits.max_ratio).max(FREE_DATA);
+    data.set_len(info.virtual_size).map_err(Error::io("size the layer's data file"))?;
+    let sink = Sink {
+        data,
+        map: MapBuilder::default(),
+        progress,
+        size: info.virtual_size,
+        work: 0,
+        max_work: limits.max_data_bytes.min(by_ratio),
+    };
+    match format {
+        Format::Qcow2 => qcow2::convert(source, limits, sink),
+        Format::Raw => convert_raw(source, &info, sink),
+    }
+}
+
+fn convert_raw<S: ReadAt + ?Sized>(source: &S, info: &Info, mut sink: Sink<'_>) -> Result<LayerMap> {
+    let read = || Error::io("read the layer");
+    let mut buffer = vec![0_u8; 1 << 20];
+    let mut at = 0_u64;
+    while at < info.virtual_size {
+        let (start, end) = source.next_data(at).map_err(read())?.unwrap_or((info.virtual_size, info.virtual_size));
+        // Holes need not begin at a sector; a few zeros more are read as data then.
+        let start = (start / SECTOR * SECTOR).clamp(at, info.virtual_size);
+        let end = end.checked_next_multiple_of(SECTOR).unwrap_or(u64::MAX).clamp(start, info.virtual_size);
+        sink.put(start, State::Zero)?;
+        at = start;
+        while at < end {
+            let part = (end - at).min(buffer.len() as u64);
+            let bytes = buffer.get_mut(..part as usize).unwrap_or_default();
+            source.read_padded(bytes, at).map_err(read())?;
+            sink.work(part)?;
+            sink.data(at, bytes)?;
+            at += part;
+        }
+    }
+    sink.finish(info.virtual_size)
+}
+
+/// Where a converted layer goes: data file, map, and the caps on both.
+pub(crate) struct Sink<'a> {
+    data: &'a File,
+    map: MapBuilder,
+    progress: &'a mut dyn FnMut(u64, u64),
+    size: u64,
+    work: u64,
+    max_work: u64,
+}
+
+impl Sink<'_> {
+    /// Counts bytes that came out of the layer against the limit.
+    pub fn work(&mut self, bytes: u64) -> Result<()> {
+        self.work = self.work.saturating_add(bytes);
+        if self.work > self.max_work {
+            return Err(Error::Limit { what: "data", value: self.work, limit: self.max_work });
+        }
+        Ok(())
+    }
+
+    /// Appends a range without data to the map.
+    pub fn put(&mut self, end: u64, state: State) -> Result<()> {
+        self.map.push_to(end, state)
+    }
+
+    /// Appends data, which begins where the map ends now, at `guest`.
+    pub fn data(&mut self, guest: u64, bytes: &[u8]) -> Result<()> {
+        debug_assert_eq!(self.map.end(), guest);
+        let (mut at, mut rest) = (guest, bytes);
+        while !rest.is_empty() {
+            let unit = (ZERO_UNIT - at % ZERO_UNIT).min(rest.len() as u64);
+            let (head, tail) = rest.split_at(unit as usize);
+            let state = if self.write_pages(at, head)? { State::Data } else { State::Zero };
+            at += unit;
+            self.map.push_to(at, state)?;
+            rest = tail;
+        }
+        (self.progress)(at, self.size);
+        Ok(())
+    }
+
+    /// Writes the pages that are not all zeros; whether there was one.
+    fn write_pages(&self, start: u64, bytes: &[u8]) -> Result<bool> {
+        let (mut at, mut rest, mut any) = (start, bytes, false);
+        while !rest.is_empty() {
+            let zeros = rest.chunks(PAGE).take_while(|page| is_zero(page)).map(<[u8]>::len).sum();
+            let after = rest.split_at(zeros).1;
+            let full = after.chunks(PAGE).take_while(|page| !is_zero(page)).map(<[u8]>::len).sum();
+            let (data, tail) = after.split_at(full);
+            at += zeros as u64;
+            self.data.write_all_at(data, at).map_err(Error::io("write the layer's data file"))?;
+            any |= full > 0;
+            at += full as u64;
+            rest = tail;
+        }
+        Ok(any)
+    }
+
+    /// Ends the map.
+    pub fn finish(self, size: u64) -> Result<LayerMap> {
+        (self.progress)(size, self.size);
+        self.map.finish(size)
+    }
+}
+
+/// Without an early exit, so that the compiler can use vectors.
+fn is_zero(page: &[u8]) -> bool {
+    page.iter().fold(0, |sum, byte| sum | byte) == 0
 }

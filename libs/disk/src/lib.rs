@@ -36,6 +36,9 @@ mod map;
 pub mod qcow2;
 mod source;
 mod stack;
+#[allow(unsafe_code, reason = "a mapped file, and I/O on guest memory")]
+mod sys;
+mod tiles;
 mod table;
 mod top;
 

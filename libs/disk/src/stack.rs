@@ -1,11 +1,22 @@
 //! The block stack: one disk out of layer files, frozen tops and a writable top.
+//!
+//! ```text
+//!   request ─> top ─absent─> frozen tops, newest first ─absent─> table ─> layer file | zeros
+//!               └─data─> its data file       └─ ...
+//! ```
+//! A request is cut into runs that lie in one file; each run is one vectored system call at the request's own offset,
+//! straight from or to the caller's buffers.
 
 use std::{
     fs::File,
     io::{IoSlice, IoSliceMut},
+    sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
 };
 
-use crate::Result;
+use crate::{
+    sys::{Bufs, BufsMut},
+    Error, ReadAt, Result, State, Table, Top, SECTOR,
+};
 
 /// The two files of a top.
 #[derive(Debug)]
@@ -33,10 +44,111 @@ pub struct StackFiles {
 /// time and range have no order among them, as on a real disk.
 ///
 /// System calls of a running stack (for the VMM's seccomp filter): `preadv`, `pwritev`, `pread64`, `pwrite64`,
-/// `fdatasync`, `fallocate`, `ftruncate` (grow, freeze), `futex`, and those of the allocator. Opening one also needs
-/// `fstat`, `mmap` and `munmap`.
+/// `fdatasync`, `fsync`, `fallocate`, `ftruncate` (grow), `fstat` (freeze), `futex`, and those of the allocator.
+/// Opening one also needs `mmap` and `munmap`.
 #[derive(Debug)]
-pub struct Stack {}
+pub struct Stack {
+    base: Base,
+    writable: bool,
+    /// Oldest first. Requests hold it shared, which is what freezing and growing wait for.
+    tops: RwLock<Vec<Top>>,
+}
+
+/// The layers and their table.
+#[derive(Debug)]
+struct Base {
+    table: Table,
+    layers: Vec<File>,
+}
+
+/// A stack from some top downwards.
+#[derive(Clone, Copy)]
+pub(crate) struct View<'a> {
+    base: &'a Base,
+    tops: &'a [Top],
+}
+
+impl View<'_> {
+    fn split(&self) -> Option<(&Top, View<'_>)> {
+        let (top, below) = self.tops.split_last()?;
+        Some((top, View { base: self.base, tops: below }))
+    }
+
+    /// Fills `len` bytes, `skip` bytes into the buffers, from `pos`. What lies past the end of this part is zeros.
+    fn read(&self, pos: u64, bufs: BufsMut<'_>, skip: u64, len: u64) -> Result<()> {
+        let Some((top, below)) = self.split() else {
+            return self.read_base(pos, bufs, skip, len);
+        };
+        let end = pos.saturating_add(len);
+        let within = end.min(top.size());
+        let mut at = pos;
+        while at < within {
+            let (state, stop) = top.run(at, within)?;
+            let (skip, len) = (skip.saturating_add(at - pos), stop - at);
+            match state {
+                State::Data => bufs.read_from(skip, len, &top.data, at).map_err(Error::io("read the disk's top"))?,
+                State::Zero => bufs.fill_zero(skip, len),
+                State::Absent => below.read(at, bufs, skip, len)?,
+            }
+            at = stop;
+        }
+        bufs.fill_zero(skip.saturating_add(at - pos), end - at);
+        Ok(())
+    }
+
+    fn read_base(&self, pos: u64, bufs: BufsMut<'_>, skip: u64, len: u64) -> Result<()> {
+        let end = pos.saturating_add(len);
+        let mut at = pos;
+        while at < end {
+            let (layer, stop) = self.base.table.find(at);
+            let stop = stop.min(end);
+            let (skip, len) = (skip.saturating_add(at - pos), stop - at);
+            match layer.and_then(|n| self.base.layers.get(usize::from(n))) {
+                Some(file) => bufs.read_from(skip, len, file, at).map_err(Error::io("read a disk layer"))?,
+                None => bufs.fill_zero(skip, len),
+            }
+            at = stop;
+        }
+        Ok(())
+    }
+
+    /// Fills a slice from `pos`.
+    pub fn read_slice(&self, pos: u64, buf: &mut [u8]) -> Result<()> {
+        let len = buf.len() as u64;
+        self.read(pos, BufsMut::new(&mut [IoSliceMut::new(buf)]), 0, len)
+    }
+
+    /// Whether `pos` reads as zeros or from some file (data), and the end of the run, at most `end`.
+    pub fn run(&self, pos: u64, end: u64) -> Result<(State, u64)> {
+        let Some((top, below)) = self.split() else {
+            let (layer, stop) = self.base.table.find(pos);
+            return Ok((if layer.is_some() { State::Data } else { State::Zero }, stop.min(end)));
+        };
+        if pos >= top.size() {
+            return Ok((State::Zero, end));
+        }
+        match top.run(pos, end.min(top.size()))? {
+            (State::Absent, stop) => below.run(pos, stop),
+            decided => Ok(decided),
+        }
+    }
+
+    /// What the tops alone say of `pos`: absent where the layers decide, or nothing does.
+    pub fn top_run(&self, pos: u64, end: u64) -> Result<(State, u64)> {
+        let Some((top, below)) = self.split() else {
+            return Ok((State::Absent, end));
+        };
+        if pos >= top.size() {
+            // A disk only grows, so nothing below reaches here, unless the layers were cut off by a smaller top.
+            let cut_off = pos < self.base.table.virtual_size();
+            return Ok((if cut_off { State::Zero } else { State::Absent }, end));
+        }
+        match top.run(pos, end.min(top.size()))? {
+            (State::Absent, stop) => below.top_run(pos, stop),
+            decided => Ok(decided),
+        }
+    }
+}
 
 impl Stack {
     /// Opens a disk; `read_only` refuses writes even if there is a top.
@@ -44,20 +156,44 @@ impl Stack {
     /// # Errors
     /// A file is damaged, or they do not fit together.
     pub fn open(files: StackFiles, read_only: bool) -> Result<Stack> {
-        let _ = (files, read_only);
-        unimplemented!()
+        let table = Table::open(&files.table)?;
+        let (want, have) = (usize::from(table.layers()), files.layers.len());
+        if want != have {
+            let what = format!("it was made for {want} layers, but {have} are given");
+            return Err(Error::BadFile { file: "disk table", what });
+        }
+        check_lengths(&table, &files.layers)?;
+        let writable = files.top.is_some() && !read_only;
+        let mut tops = Vec::with_capacity(files.frozen.len().saturating_add(1));
+        for TopFiles { data, map } in files.frozen.into_iter().chain(files.top) {
+            tops.push(Top::open(data, map)?);
+        }
+        Ok(Stack { base: Base { table, layers: files.layers }, writable, tops: RwLock::new(tops) })
+    }
+
+    fn shared(&self) -> RwLockReadGuard<'_, Vec<Top>> {
+        self.tops.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn exclusive(&self) -> RwLockWriteGuard<'_, Vec<Top>> {
+        self.tops.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Calls `with` with the whole stack as it is now; no freeze or grow happens meanwhile.
+    pub(crate) fn with_view<T>(&self, with: impl FnOnce(View<'_>) -> T) -> T {
+        with(View { base: &self.base, tops: &self.shared() })
     }
 
     /// The disk's size in bytes, a multiple of 512.
     #[must_use]
     pub fn size(&self) -> u64 {
-        0
+        self.shared().last().map_or(self.base.table.virtual_size(), Top::size)
     }
 
     /// Whether writes are refused.
     #[must_use]
     pub fn is_read_only(&self) -> bool {
-        false
+        !self.writable
     }
 
     /// Fills `buf` from `offset`.
@@ -73,8 +209,15 @@ impl Stack {
     /// # Errors
     /// As [`Stack::read_at`]; alignment is asked of the total, not of each buffer.
     pub fn readv_at(&self, offset: u64, bufs: &mut [IoSliceMut<'_>]) -> Result<()> {
-        let _ = (offset, bufs);
-        unimplemented!()
+        self.read_bufs(offset, BufsMut::new(bufs))
+    }
+
+    pub(crate) fn read_bufs(&self, offset: u64, bufs: BufsMut<'_>) -> Result<()> {
+        let tops = self.shared();
+        let view = View { base: &self.base, tops: &tops };
+        let len = bufs.len();
+        self.check(&tops, offset, len)?;
+        view.read(offset, bufs, 0, len)
     }
 
     /// Writes `buf` at `offset`. It is durable after the next [`Stack::flush`].
@@ -90,36 +233,11 @@ impl Stack {
     /// # Errors
     /// As [`Stack::write_at`].
     pub fn writev_at(&self, offset: u64, bufs: &[IoSlice<'_>]) -> Result<()> {
-        let _ = (offset, bufs);
-        unimplemented!()
+        self.write_bufs(offset, Bufs::new(bufs))
     }
 
-    /// As [`Stack::readv_at`], into raw memory such as a guest's.
-    ///
-    /// # Errors
-    /// As [`Stack::read_at`].
-    ///
-    /// # Safety
-    /// Every `iovec` must point to memory that stays mapped and writable during the call and to which this process
-    /// holds no Rust reference. Others, the guest too, may change it at any time.
-    #[allow(unsafe_code, reason = "the contract of raw guest memory; it is upheld in sys.rs")]
-    pub unsafe fn readv_raw(&self, offset: u64, bufs: &[libc::iovec]) -> Result<()> {
-        let _ = (offset, bufs);
-        unimplemented!()
-    }
-
-    /// As [`Stack::writev_at`], from raw memory such as a guest's.
-    ///
-    /// # Errors
-    /// As [`Stack::write_at`].
-    ///
-    /// # Safety
-    /// Every `iovec` must point to memory that stays mapped and readable during the call. Others, the guest too, may
-    /// change it at any time.
-    #[allow(unsafe_code, reason = "the contract of raw guest memory; it is upheld in sys.rs")]
-    pub unsafe fn writev_raw(&self, offset: u64, bufs: &[libc::iovec]) -> Result<()> {
-        let _ = (offset, bufs);
-        unimplemented!()
+    pub(crate) fn write_bufs(&self, offset: u64, bufs: Bufs<'_>) -> Result<()> {
+        self.change(offset, bufs.len(), |top, below| top.write(offset, bufs, below))
     }
 
     /// Makes every write that had completed before the call durable: the data first, then the map.
@@ -128,16 +246,19 @@ impl Stack {
     /// A file cannot be synced; the disk refuses writes from then on, since the kernel may have dropped what it could
     /// not write.
     pub fn flush(&self) -> Result<()> {
-        unimplemented!()
+        match self.shared().last() {
+            Some(top) if self.writable => top.flush(),
+            _ => Ok(()),
+        }
     }
 
-    /// Gives up the content of a range; whole blocks read as zeros afterwards, the rest is kept.
+    /// Gives up the content of a range; whole 4 KiB blocks read as zeros afterwards, the rest is kept.
     ///
     /// # Errors
     /// As [`Stack::write_at`].
     pub fn discard(&self, offset: u64, len: u64) -> Result<()> {
-        let _ = (offset, len);
-        unimplemented!()
+        let end = offset.saturating_add(len);
+        self.change(offset, len, |top, below| top.zero(offset, end, true, below))
     }
 
     /// Makes a range read as zeros, freeing the host's space.
@@ -145,8 +266,8 @@ impl Stack {
     /// # Errors
     /// As [`Stack::write_at`].
     pub fn write_zeroes(&self, offset: u64, len: u64) -> Result<()> {
-        let _ = (offset, len);
-        unimplemented!()
+        let end = offset.saturating_add(len);
+        self.change(offset, len, |top, below| top.zero(offset, end, false, below))
     }
 
     /// Makes the disk `size` bytes long; what is new reads as zeros. Durable on return.
@@ -154,8 +275,19 @@ impl Stack {
     /// # Errors
     /// `size` is smaller than the disk or no multiple of 512, the disk is read-only, or a file cannot be written.
     pub fn grow(&self, size: u64) -> Result<()> {
-        let _ = size;
-        unimplemented!()
+        let tops = self.exclusive();
+        let (true, Some(top)) = (self.writable, tops.last()) else {
+            return Err(Error::ReadOnly);
+        };
+        let now = top.size();
+        if size < now {
+            return Err(Error::OutOfRange { offset: size, len: 0, size: now });
+        }
+        if size % SECTOR != 0 {
+            return Err(Error::Unaligned { offset: size, len: 0 });
+        }
+        top.flush()?;
+        top.grow(size)
     }
 
     /// Flushes the top and stacks a new, empty one (see [`crate::Top::create`]; made for this disk's size) on it.
@@ -165,7 +297,57 @@ impl Stack {
     /// # Errors
     /// The flush failed, the new top does not fit, or the disk is read-only; the old top then stays in use.
     pub fn freeze(&self, new_top: TopFiles) -> Result<()> {
-        let _ = new_top;
-        unimplemented!()
+        let new = Top::open(new_top.data, new_top.map)?;
+        // Most of the data goes out before anyone has to wait.
+        self.flush()?;
+        let mut tops = self.exclusive();
+        let (true, Some(top)) = (self.writable, tops.last()) else {
+            return Err(Error::ReadOnly);
+        };
+        if new.size() != top.size() {
+            let what = format!("it is for a disk of {} bytes, this one has {}", new.size(), top.size());
+            return Err(Error::BadFile { file: "new top", what });
+        }
+        top.flush()?;
+        tops.push(new);
+        Ok(())
     }
+
+    fn change(&self, offset: u64, len: u64, with: impl FnOnce(&Top, View<'_>) -> Result<()>) -> Result<()> {
+        let tops = self.shared();
+        self.check(&tops, offset, len)?;
+        let (true, Some((top, below))) = (self.writable, tops.split_last()) else {
+            return Err(Error::ReadOnly);
+        };
+        with(top, View { base: &self.base, tops: below })
+    }
+
+    fn check(&self, tops: &[Top], offset: u64, len: u64) -> Result<()> {
+        let size = tops.last().map_or(self.base.table.virtual_size(), Top::size);
+        if offset % SECTOR != 0 || len % SECTOR != 0 {
+            return Err(Error::Unaligned { offset, len });
+        }
+        if offset.checked_add(len).is_none_or(|end| end > size) {
+            return Err(Error::OutOfRange { offset, len, size });
+        }
+        Ok(())
+    }
+}
+
+/// Makes sure at open that no read inside the disk can meet the end of a layer's file.
+fn check_lengths(table: &Table, layers: &[File]) -> Result<()> {
+    let mut need = vec![0_u64; layers.len()];
+    for extent in table.extents() {
+        if let Some(end) = extent.layer.and_then(|n| need.get_mut(usize::from(n))) {
+            *end = extent.start.saturating_add(extent.len);
+        }
+    }
+    for (i, (file, need)) in layers.iter().zip(need).enumerate() {
+        let length = ReadAt::size(file).map_err(Error::io("read a disk layer"))?;
+        if length < need {
+            let what = format!("number {i} has {length} bytes, the table needs {need}");
+            return Err(Error::BadFile { file: "disk layer's data file", what });
+        }
+    }
+    Ok(())
 }

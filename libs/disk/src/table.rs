@@ -1,11 +1,23 @@
 //! The table of a whole stack: extent → layer file, or zero.
 //!
 //! Layers are numbered from the base, 0, upwards. The table of a stack is that of the stack below with one layer's map
-//! laid over it, so a child's table is computed without reading any other layer's map.
+//! laid over it, so a child's table is computed without reading any other layer's map. A disk takes the size of its
+//! topmost layer: a smaller one cuts off what lies below for good, a larger one adds zeros.
 
-use std::fs::File;
+use std::{
+    fs::File,
+    sync::atomic::{AtomicUsize, Ordering},
+};
 
-use crate::{LayerMap, Result};
+use crate::{
+    sys::MappedWords,
+    tiles::{self, Builder, Head, Kind, HEADER},
+    Error, LayerMap, Result, State,
+};
+
+const KIND: Kind = Kind { magic: *b"OVMSTBL\0", file: "disk table" };
+/// The tag of zeros; every lower one is a layer's number.
+const ZERO: u16 = u16::MAX;
 
 /// One range of a disk and where its bytes are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,31 +34,83 @@ pub struct TableExtent {
 #[derive(Debug)]
 pub struct Table {
     size: u64,
+    layers: u16,
+    words: Words,
+    /// The tile of the last look-up: neighbouring requests find theirs without a search.
+    hint: AtomicUsize,
+}
+
+#[derive(Debug)]
+enum Words {
+    Owned(Vec<u64>),
+    Mapped(MappedWords),
 }
 
 impl Table {
-    /// The table of a disk with no layer: `size` bytes of zeros.
-    #[must_use]
-    pub fn empty(size: u64) -> Table {
-        Table { size }
+    fn owned(size: u64, layers: u16, words: Vec<u64>) -> Table {
+        Table { size, layers, words: Words::Owned(words), hint: AtomicUsize::new(0) }
+    }
+
+    fn words(&self) -> &[u64] {
+        match &self.words {
+            Words::Owned(words) => words,
+            Words::Mapped(map) => map.words().get(HEADER / 8..).unwrap_or_default(),
+        }
+    }
+
+    /// The table of a disk with no layer: `size` bytes of zeros, rounded up to whole sectors.
+    ///
+    /// # Errors
+    /// `size` is beyond 2⁵⁷ bytes.
+    pub fn empty(size: u64) -> Result<Table> {
+        let limit = tiles::MAX_SIZE;
+        let size = size.checked_next_multiple_of(crate::SECTOR).filter(|s| *s <= limit).ok_or(Error::Limit {
+            what: "virtual size",
+            value: size,
+            limit,
+        })?;
+        let mut builder = Builder::default();
+        builder.push_to(size, ZERO)?;
+        Ok(Table::owned(size, 0, builder.finish()))
     }
 
     /// The table of the stack that has the layer of `map` on top of this one. The disk takes the layer's size.
     ///
     /// # Errors
-    /// There are 65,535 layers already.
+    /// There are 65,535 layers already, or too many extents.
     pub fn overlay(&self, map: &LayerMap) -> Result<Table> {
-        let _ = map;
-        unimplemented!()
+        if self.layers == ZERO {
+            return Err(Error::Limit { what: "number of layers", value: u64::from(ZERO) + 1, limit: u64::from(ZERO) });
+        }
+        let mut builder = Builder::default();
+        let mut below = tiles::iter(self.words(), self.size).peekable();
+        for extent in map.extents() {
+            let end = extent.start.saturating_add(extent.len);
+            match extent.state {
+                State::Data => builder.push_to(end, self.layers)?,
+                State::Zero => builder.push_to(end, ZERO)?,
+                State::Absent => {
+                    while let Some(&(_, below_end, tag)) = below.peek() {
+                        builder.push_to(below_end.min(end), tag)?;
+                        if below_end > end {
+                            break;
+                        }
+                        below.next();
+                    }
+                    builder.push_to(end, ZERO)?;
+                }
+            }
+            while below.next_if(|(_, below_end, _)| *below_end <= end).is_some() {}
+        }
+        Ok(Table::owned(map.virtual_size(), self.layers + 1, builder.finish()))
     }
 
     /// The table of these layers, base first.
     ///
     /// # Errors
-    /// There are more than 65,535 layers.
+    /// There are more than 65,535 layers, or too many extents.
     pub fn merge<'a>(maps: impl IntoIterator<Item = &'a LayerMap>) -> Result<Table> {
-        let _ = maps.into_iter();
-        unimplemented!()
+        maps.into_iter().try_fold(Table::empty(0)?, |table, map| table.overlay(map))
     }
 
     /// The disk's size in bytes.
@@ -58,12 +122,27 @@ impl Table {
     /// How many layers it was merged from.
     #[must_use]
     pub fn layers(&self) -> u16 {
-        0
+        self.layers
     }
 
     /// The ranges in order; together they tile the disk.
     pub fn extents(&self) -> impl Iterator<Item = TableExtent> + '_ {
-        std::iter::empty()
+        tiles::iter(self.words(), self.size).map(|(start, end, tag)| TableExtent {
+            start,
+            len: end.saturating_sub(start),
+            layer: (tag != ZERO).then_some(tag),
+        })
+    }
+
+    /// The layer that holds `offset` (`None`: zeros) and where its extent ends. Past the end of the disk all is zeros.
+    pub(crate) fn find(&self, offset: u64) -> (Option<u16>, u64) {
+        if offset >= self.size {
+            return (None, u64::MAX);
+        }
+        let (tag, end, index) = tiles::find(self.words(), self.size, offset, self.hint.load(Ordering::Relaxed));
+        self.hint.store(index, Ordering::Relaxed);
+        // A tile always reaches past the offset it was found for; the maximum keeps a bad file from stalling a reader.
+        ((tag != ZERO).then_some(tag), end.max(offset.saturating_add(crate::SECTOR)))
     }
 
     /// Opens a table file: checks all of it once, then maps it, so that it costs no memory of its own. The file must
@@ -72,8 +151,16 @@ impl Table {
     /// # Errors
     /// The file cannot be read, or is damaged, or of another version.
     pub fn open(file: &File) -> Result<Table> {
-        let _ = file;
-        unimplemented!()
+        let tag_ok = |head: &Head, tag: u16| tag == ZERO || u32::from(tag) < head.layers;
+        let head = tiles::check(file, KIND, tag_ok, |_| {})?;
+        let layers = u16::try_from(head.layers).map_err(|_| Error::BadFile {
+            file: KIND.file,
+            what: format!("it names {} layers", head.layers),
+        })?;
+        // The check above made sure that the file has exactly this length.
+        let count = usize::try_from(head.count).unwrap_or(usize::MAX).saturating_add(HEADER / 8);
+        let mapped = MappedWords::map(file, count).map_err(Error::io("map the disk table"))?;
+        Ok(Table { size: head.size, layers, words: Words::Mapped(mapped), hint: AtomicUsize::new(0) })
     }
 
     /// Writes the table into an empty file. Syncing it is the caller's.
@@ -81,7 +168,6 @@ impl Table {
     /// # Errors
     /// The file cannot be written.
     pub fn write_to(&self, file: &File) -> Result<()> {
-        let _ = file;
-        unimplemented!()
+        tiles::write(file, KIND, u32::from(self.layers), self.size, self.words())
     }
 }
