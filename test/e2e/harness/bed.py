@@ -10,25 +10,26 @@ from functools import cached_property
 from pathlib import Path
 
 from . import oci, process
-from .case import CaseFailed
+from .case import CaseFailed, check, contains
 from .containerd import Containerd
 from .guests import Guests
 from .leftovers import Leftovers
-from .ovms import Ovms
+from .ovms import RUNTIME, Ovms
 from .registry import Registry
+from .terminal import Session
 
 
 class Bed:
     """What a case is given. Parts come into being when they are first asked for and go with the case."""
 
-    def __init__(self, release: str, guests: Guests, patience: float) -> None:
+    def __init__(self, release: str, guests: Guests, patience: float, scratch: str) -> None:
         token = "oe" + secrets.token_hex(3)
         self.release = release
         self.guests = guests
         #: Seconds that something quick may take here; an emulated host needs more than a real one.
         self.patience = patience
         # Unix socket paths are at most 107 bytes long, so this one is short.
-        self.dir = Path(tempfile.mkdtemp(prefix=token, dir="/tmp"))
+        self.dir = Path(tempfile.mkdtemp(prefix=token, dir=scratch))
         self.namespace = token
         self._leftovers = Leftovers(token)
         self._closers: list[Callable[[], None]] = []
@@ -46,7 +47,8 @@ class Bed:
 
     @cached_property
     def containerd(self) -> Containerd:
-        """containerd with ovms configured into it. The snapshotter is not running until it is started."""
+        """containerd and the snapshotter, as an operator installs them."""
+        self.ovms.start_snapshotter()
         return self.start_containerd("c", self.ovms.snippet(self.release))
 
     @cached_property
@@ -102,6 +104,72 @@ class Bed:
             if log.is_file():
                 name = "-".join(log.relative_to(self.dir).parts)
                 shutil.copy(log, destination / name)
+
+    def import_vm(self, behaviour: str, **options: str) -> str:
+        """Builds the image of a guest and imports it for our snapshotter; returns its name in containerd."""
+        return self.import_for_ovms(self.guests.layout(behaviour, **options))
+
+    def import_for_ovms(self, layout: Path) -> str:
+        """Imports an OCI layout and unpacks it with our snapshotter; returns its name in containerd."""
+        before = self.image_names()
+        self.containerd.import_layout(layout, "--snapshotter", "ovms")
+        new = [name for name in self.image_names() if name not in before and not name.startswith("import-")]
+        check(new, f"{layout.name} was imported under no name")
+        return new[0]
+
+    def image_names(self) -> list[str]:
+        """The images in containerd."""
+        return self.containerd.ctr("images", "ls", "-q").out.split()
+
+    def vm(self, image: str, name: str, *flags: str, args: tuple[str, ...] = (), status: int | None = 0) -> process.Done:
+        """`ctr run` of a machine; unless a flag says otherwise, attached until it ends."""
+        return self.containerd.ctr(*self._vm_words(image, name, flags, args), status=status)
+
+    def vm_session(self, image: str, name: str, *flags: str, args: tuple[str, ...] = ()) -> Session:
+        """The same with its input and output in the hands of the case; `-t` among the flags gives it a terminal."""
+        argv = self.containerd.argv(*self._vm_words(image, name, flags, args))
+        return Session(argv, self.ovms.env, tty="-t" in flags, patience=self.patience * 2)
+
+    def _vm_words(self, image: str, name: str, flags: tuple[str, ...], args: tuple[str, ...]) -> list[str]:
+        return ["run", "--snapshotter", "ovms", "--runtime", RUNTIME, *flags, image, name, *args]
+
+    def detached(self, behaviour: str, name: str = "vm", *flags: str, image: str = "") -> Path:
+        """Starts a machine detached and waits until its guest is at work; returns the file with its console."""
+        console = self.dir / f"{name}.console"
+        self.vm(image or self.import_vm(behaviour), name, "-d", "--log-uri", f"file://{console}", *flags)
+        self.await_console(console, self.guests.ready(behaviour))
+        return console
+
+    def await_console(self, console: Path, wanted: str) -> None:
+        """Waits for a text on a console that goes to a file."""
+        def said() -> bool:
+            return console.exists() and wanted in console.read_text(encoding="utf-8", errors="replace")
+
+        try:
+            process.until(f"the guest says {wanted!r}", said, self.patience * 2)
+        except CaseFailed as failure:
+            seen = console.read_text(encoding="utf-8", errors="replace") if console.exists() else "nothing"
+            raise CaseFailed(f"{failure}; its console: {seen[-400:]!r}") from None
+
+    def await_state(self, name: str, state: str) -> None:
+        """Waits until containerd shows a task in a state."""
+        process.until(f"{name} is {state}", lambda: self.containerd.tasks().get(name) == state, self.patience)
+
+    def refused(self, done: process.Done, *wanted: str) -> None:
+        """Checks that a command failed, that it said all of `wanted`, and that nothing half-made is left of it."""
+        check(done.status != 0, f"`{process.shown(done.argv)}` went through: {done.text[-300:]!r}")
+        for words in wanted:
+            contains(done.text, words, f"what `{process.shown(done.argv[:6])}…` said")
+        check("panicked" not in done.text, f"it panicked: {done.text[-600:]!r}")
+
+    def nothing_half_made(self) -> None:
+        """Checks that no task, no machine's process and no record of one is there."""
+        check(not self.containerd.tasks(), f"tasks are left: {self.containerd.tasks()}")
+        machines = self.ovms.runtime / "machines"
+        left = sorted(path.name for path in machines.iterdir()) if machines.exists() else []
+        check(not left, f"records of machines are left: {left}")
+        vmms = [name for name in process.descendants().values() if "ovms-vmm" in name]
+        check(not vmms, f"VMMs are left: {vmms}")
 
     def run(self, argv: list[str | Path], *, status: int | None = 0, timeout: float | None = None) -> process.Done:
         """Runs a command with the settings of this bed."""

@@ -80,6 +80,21 @@ class Ovms:
             self.snapshotter = None
             self.socket.unlink(missing_ok=True)
 
+    def kill_snapshotter(self) -> None:
+        """Ends the snapshotter as a crash would."""
+        self.stop_snapshotter(signal.SIGKILL)
+
+    def start_snapshotter_by_socket(self) -> Daemon:
+        """Leaves the snapshotter to socket activation: it is started by the first connection, as under systemd."""
+        self.snapshotter = Daemon(
+            "systemd-socket-activate",
+            ["systemd-socket-activate", f"--listen={self.socket}", f"--listen={self.bundle_socket}", "--fdname=ovms:bundle",
+             f"--setenv=OVMS_CONFIG={self.settings}", self.program("ovms-snapshotter"), "--config", self.settings],
+            self.directory / "log", self.env,
+        )
+        self.snapshotter.await_ready(self.socket.exists, self._patience)
+        return self.snapshotter
+
     def stop(self) -> None:
         """Ends it all."""
         self.stop_snapshotter()

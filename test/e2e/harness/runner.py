@@ -24,6 +24,8 @@ from .report import Outcome
 _PATIENCE = {"native": 15.0, "direct": 15.0, "nested": 90.0}
 #: How much longer a whole case may take in an emulated host.
 _SLOWNESS = {"native": 1.0, "direct": 1.0, "nested": 5.0}
+#: Where cases keep their files: /tmp of the nested host is memory, which its guests need.
+_SCRATCH = {"native": "/tmp", "direct": "/tmp", "nested": "/var/tmp"}
 
 
 class _TimedOut(Exception):
@@ -86,7 +88,7 @@ def _run_here(wanted: list[Case], place: str) -> Iterator[Outcome]:
     kind = "native" if place == "native" else "stock"
     reason = places.unusable(place)
     no_kvm = places.without_kvm()
-    guests = Guests(kind)
+    guests = Guests(kind, _SCRATCH[place])
     try:
         for case in wanted:
             if kind not in case.guests:
@@ -105,7 +107,7 @@ def _run_here(wanted: list[Case], place: str) -> Iterator[Outcome]:
 
 def _run_case(case: Case, place: str, where: str, release: str, guests: Guests) -> Outcome:
     began = time.monotonic()
-    bed = Bed(release, guests, _PATIENCE[place])
+    bed = Bed(release, guests, _PATIENCE[place], _SCRATCH[place])
     result, reasons = "passed", []
     try:
         with _time_limit(case.seconds * _SLOWNESS[place]):

@@ -1,0 +1,231 @@
+"""A machine's start and end, with and without containerd."""
+
+from __future__ import annotations
+
+import re
+import signal
+
+from e2e.harness.bed import Bed
+from e2e.harness.case import case, check, contains
+from e2e.harness.guests import DIFF_LINE
+from e2e.harness.terminal import Session
+
+
+def _ovm_run(bed: Bed, behaviour: str, *flags: str, tty: bool = False) -> Session:
+    layout = bed.guests.layout(behaviour)
+    argv = [str(bed.ovms.program("ovm")), "run", *flags, str(layout)]
+    return Session(argv, bed.ovms.env, tty=tty, patience=bed.patience * 2)
+
+
+@case(containerds=())
+def ovm_run_boots_and_passes_the_exit_status(bed: Bed) -> None:
+    """`ovm run LAYOUT` needs no daemon: console on stdout, exit status 0 after a power-off."""
+    with _ovm_run(bed, "disk") as session:
+        text = session.wait()
+
+    contains(text, DIFF_LINE, "the guest's console")
+
+
+@case(containerds=())
+def ovm_run_of_a_crash_gives_134(bed: Bed) -> None:
+    """A kernel panic is told from a power-off by pvpanic."""
+    with _ovm_run(bed, "panic") as session:
+        session.wait(status=134)
+
+
+@case(containerds=())
+def ovm_run_takes_input(bed: Bed) -> None:
+    """What is typed reaches the guest's serial port and its answer comes back."""
+    with _ovm_run(bed, "talk", tty=True) as session:
+        session.expect(bed.guests.ready("talk"))
+        _talk(bed, session)
+        session.wait()
+
+
+@case(containerds=())
+def ovm_run_presses_the_power_button_on_sigterm(bed: Bed) -> None:
+    """SIGTERM to `ovm run` gives the guest the chance to end by itself."""
+    with _ovm_run(bed, "wait") as session:
+        session.expect(bed.guests.ready("wait"))
+        session.signal(signal.SIGTERM)
+        contains(session.wait(), "power button", "the guest's console")
+
+
+@case(containerds=())
+def ovm_run_takes_memory_and_cpus(bed: Bed) -> None:
+    """`--memory` and `--cpus` reach the guest."""
+    with _ovm_run(bed, "memory", "--memory", "256M") as session:
+        _check_memory(bed, session.wait(), 256)
+    # The bare-metal guest waits for as many processors as its argument says.
+    layout = bed.guests.layout("cpus", extra_args="cpus=3", name="three")
+    done = bed.ovms.ovm("run", "--cpus", "3", layout)
+    contains(done.out, "cpus 3", "the guest's console")
+
+
+@case()
+def attached(bed: Bed) -> None:
+    """`ctr run --rm` shows the console and exits 0 when the guest powers off."""
+    image = bed.import_vm("poweroff")
+
+    done = bed.vm(image, "vm", "--rm")
+
+    contains(done.out, bed.guests.ready("poweroff"), "the guest's console")
+    bed.nothing_half_made()
+
+
+@case()
+def with_a_terminal(bed: Bed) -> None:
+    """`ctr run -t`: a conversation with the guest over a terminal."""
+    image = bed.import_vm("talk")
+
+    with bed.vm_session(image, "vm", "--rm", "-t") as session:
+        session.expect(bed.guests.ready("talk"))
+        _talk(bed, session)
+        session.wait()
+
+
+@case()
+def with_pipes(bed: Bed) -> None:
+    """`ctr run` without a terminal passes its standard input on too."""
+    image = bed.import_vm("talk")
+
+    with bed.vm_session(image, "vm", "--rm") as session:
+        session.expect(bed.guests.ready("talk"))
+        _talk(bed, session)
+        session.wait()
+
+
+@case()
+def detached(bed: Bed) -> None:
+    """`ctr run -d` returns with the machine running; its console goes to the file that was asked for."""
+    bed.detached("wait")
+
+    check(bed.containerd.tasks() == {"vm": "RUNNING"}, f"tasks: {bed.containerd.tasks()}")
+    bed.containerd.ctr("task", "kill", "-s", "SIGKILL", "vm")
+    bed.await_state("vm", "STOPPED")
+    bed.containerd.ctr("task", "delete", "vm", status=137)
+    bed.containerd.ctr("containers", "delete", "vm")
+    bed.nothing_half_made()
+
+
+@case(guests=("native",))
+def console_through_a_binary_logger(bed: Bed) -> None:
+    """`--log-uri binary://` starts the logger and hands it the console."""
+    image = bed.import_vm("poweroff")
+    log = bed.dir / "logged"
+    logger = bed.dir / "logger"
+    # Descriptor 3 is the console, 5 says that the logger is ready (containerd's runtime v2 README).
+    logger.write_text(f"#!/bin/sh\nexec 5>&-\nexec cat <&3 >'{log}'\n", encoding="ascii")
+    logger.chmod(0o755)
+
+    bed.vm(image, "vm", "-d", "--log-uri", f"binary://{logger}")
+
+    bed.await_state("vm", "STOPPED")
+    bed.await_console(log, bed.guests.ready("poweroff"))
+
+
+@case()
+def reset_gives_0(bed: Bed) -> None:
+    """A reset by the guest ends the machine with status 0."""
+    bed.vm(bed.import_vm("reset"), "vm", "--rm", status=0)
+
+
+@case()
+def panic_gives_134(bed: Bed) -> None:
+    """A kernel panic, told by pvpanic, ends the machine with status 134."""
+    bed.vm(bed.import_vm("panic"), "vm", "--rm", status=134)
+
+
+@case(guests=("native",))
+def triple_fault_gives_139(bed: Bed) -> None:
+    """A triple fault ends the machine with status 139."""
+    bed.vm(bed.import_vm("triple"), "vm", "--rm", status=139)
+
+
+@case()
+def memory_limit_is_the_guests_memory(bed: Bed) -> None:
+    """The container's memory limit becomes the guest's memory."""
+    done = bed.vm(bed.import_vm("memory"), "vm", "--rm", "--memory-limit", str(192 << 20))
+
+    _check_memory(bed, done.out, 192)
+
+
+@case()
+def annotations_set_vcpus_and_memory(bed: Bed) -> None:
+    """`io.ovms.vcpus`, `io.ovms.memory` and `io.ovms.kernel-args` reach the guest."""
+    image = bed.import_vm("cpus")
+
+    done = bed.vm(image, "vm", "--rm", "--annotation", "io.ovms.vcpus=2", "--annotation", "io.ovms.memory=128M",
+                  "--annotation", "io.ovms.kernel-args=cpus=2")
+
+    contains(done.out, "cpus 2", "the guest's console")
+
+
+@case()
+def cpu_quota_sets_the_vcpus(bed: Bed) -> None:
+    """`--cpus 1.5` gives two virtual CPUs."""
+    done = bed.vm(bed.import_vm("cpus"), "vm", "--rm", "--cpus", "1.5", "--annotation", "io.ovms.kernel-args=cpus=2")
+
+    contains(done.out, "cpus 2", "the guest's console")
+
+
+@case()
+def image_defaults_set_vcpus_and_memory(bed: Bed) -> None:
+    """What `ovm build --vcpus --memory` wrote into the image is used when nobody says otherwise."""
+    layout = bed.dir / "sized"
+    bed.guests.build("memory", layout, name="sized", flags=("--vcpus", "1", "--memory", "320"))
+
+    _check_memory(bed, bed.vm(bed.import_for_ovms(layout), "vm", "--rm").out, 320)
+
+
+@case(guests=("native",))
+def memory_beyond_the_hole(bed: Bed) -> None:
+    """Memory above 4 GiB, behind the hole for devices, is there and holds what is written."""
+    done = bed.vm(bed.import_vm("memory"), "vm", "--rm", "--annotation", "io.ovms.memory=6G")
+
+    check("does not hold" not in done.out, f"memory is broken: {done.out}")
+    top = re.search(r"top (0x[0-9a-f]+)", done.out)
+    check(top and int(top[1], 16) > 4 << 30, f"no memory above 4 GiB: {done.out}")
+
+
+@case(guests=("native",))
+def many_vcpus(bed: Bed) -> None:
+    """Thirty-two processors come up."""
+    done = bed.vm(bed.import_vm("cpus"), "vm", "--rm", "--annotation", "io.ovms.vcpus=32", "--annotation", "io.ovms.kernel-args=cpus=32")
+
+    contains(done.out, "cpus 32", "the guest's console")
+
+
+@case()
+def read_only_root_is_a_read_only_disk(bed: Bed) -> None:
+    """`--read-only` makes the disk read-only."""
+    image = bed.import_vm("disk")
+
+    done = bed.vm(image, "vm", "--rm", "--read-only", status=None)
+
+    # The bare-metal guest tries to write and says that it failed; Debian mounts the disk read-only.
+    contains(done.out, "the request failed" if bed.guests.native else "disk is read-only", "the guest's console")
+
+
+def _talk(bed: Bed, session: Session) -> None:
+    said = len(session.text)
+    if bed.guests.native:
+        session.send("ping\n")
+        session.expect("ping", after=said)
+        session.send("q")
+        session.expect("bye", after=said)
+    else:
+        session.send("echo $((6 * 7)) of them\n")
+        session.expect("42 of them", after=said)
+        session.send("exit\n")
+        session.expect("powering off", after=said)
+
+
+def _check_memory(bed: Bed, console: str, mib: int) -> None:
+    pattern, unit = (r"ram (\d+)", 1) if bed.guests.native else (r"ovms-guest: memory (\d+) KiB", 1024)
+    found = re.search(pattern, console)
+    check(found, f"the guest did not say its memory: {console[-300:]!r}")
+    assert found
+    seen = int(found[1]) * unit / (1 << 20)
+    # A kernel keeps some for itself; the bare-metal guest lacks the first MiB's holes only.
+    check(mib - (2 if bed.guests.native else 80) <= seen <= mib, f"the guest has {seen:.0f} MiB, not {mib}")

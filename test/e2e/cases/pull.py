@@ -1,0 +1,232 @@
+"""Images of machines on their way from a builder through registries into containerd."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from testbed import gotools
+
+from e2e.harness import oci, process
+from e2e.harness.bed import Bed
+from e2e.harness.case import case, check, contains
+from e2e.harness.guests import DIFF_LINE
+
+_MANIFEST = "application/vnd.ovms.manifest.v1+json"
+
+
+@case()
+def import_and_run(bed: Bed) -> None:
+    """An image written by `ovm build` imports and boots; its guest reads what only the diff layer has."""
+    image = bed.import_vm("disk")
+
+    done = bed.vm(image, "vm", "--rm")
+
+    contains(done.out, DIFF_LINE, "the guest's console")
+
+
+@case()
+def import_of_a_tar(bed: Bed) -> None:
+    """`ovm build -o FILE.tar` writes what `ctr images import` takes as it is."""
+    archive = bed.dir / "image.tar"
+    bed.guests.build("poweroff", archive, name="fromtar")
+
+    bed.containerd.ctr("images", "import", "--snapshotter", "ovms", archive)
+
+    names = [name for name in bed.image_names() if not name.startswith("import-")]
+    check(names, "the tar was imported under no name")
+    done = bed.vm(names[0], "vm", "--rm")
+    contains(done.out, bed.guests.ready("poweroff"), "the guest's console")
+
+
+@case()
+def pull_and_run(bed: Bed) -> None:
+    """Pushed to a registry with its media types as they are, pulled and run."""
+    ref = bed.registry.push(bed.guests.layout("disk"), "vm:1", "--preserve-digests")
+
+    bed.containerd.ctr("images", "pull", "--plain-http", "--snapshotter", "ovms", ref)
+
+    contains(bed.vm(ref, "vm", "--rm").out, DIFF_LINE, "the guest's console")
+
+
+@case()
+def pull_client_side_and_run(bed: Bed) -> None:
+    """The same through the older, client-side pull, which unpacks without any label."""
+    ref = bed.registry.push(bed.guests.layout("disk"), "vm:1", "--preserve-digests")
+
+    bed.containerd.ctr("images", "pull", "--local", "--plain-http", "--snapshotter", "ovms", ref)
+
+    contains(bed.vm(ref, "vm", "--rm").out, DIFF_LINE, "the guest's console")
+
+
+@case(guests=("native",))
+def pushed_by_containerd_itself(bed: Bed) -> None:
+    """`ctr images push` of an imported image and a pull into another containerd."""
+    image = bed.import_vm("disk")
+    ref = bed.registry.ref("vm:1")
+    bed.containerd.ctr("images", "tag", image, ref)
+    bed.containerd.ctr("images", "push", "--plain-http", ref)
+    bed.containerd.ctr("images", "rm", "--sync", ref, image)
+
+    bed.containerd.ctr("images", "pull", "--plain-http", "--snapshotter", "ovms", ref)
+
+    contains(bed.vm(ref, "vm", "--rm").out, DIFF_LINE, "the guest's console")
+
+
+@case()
+def skopeo_in_and_out(bed: Bed) -> None:
+    """skopeo gzips the layers and drops artifactType and annotations on the way; the image still runs."""
+    inside = bed.registry.push(bed.guests.layout("disk"), "vm:1")
+    outside = bed.dir / "copied"
+    process.run(["skopeo", "--insecure-policy", "copy", "--src-tls-verify=false", f"docker://{inside}", f"oci:{outside}:vm"], timeout=300)
+    manifest = _manifest_of(outside)
+    check("artifactType" not in manifest, "skopeo has kept the artifactType, so this case proves nothing")
+
+    ref = bed.registry.push(outside, "vm:2")
+    bed.containerd.ctr("images", "pull", "--plain-http", "--snapshotter", "ovms", ref)
+
+    contains(bed.vm(ref, "vm", "--rm").out, DIFF_LINE, "the guest's console")
+
+
+@case()
+def oras_push_with_config(bed: Bed) -> None:
+    """An image put together with `oras push --config`, raw blobs under the tar type and no descriptor layer, runs."""
+    ref = push_with_oras(bed, "vm:1")
+
+    bed.containerd.ctr("images", "pull", "--plain-http", "--snapshotter", "ovms", ref)
+
+    contains(bed.vm(ref, "vm", "--rm").out, DIFF_LINE, "the guest's console")
+
+
+@case()
+def applied_by_the_walking_differ(bed: Bed) -> None:
+    """With our differ not configured, containerd's own unpacks the layers into our snapshots; the image still runs."""
+    bed.ovms.start_snapshotter()
+    snippet = without_our_differ(bed.ovms.snippet(bed.release))
+    bed.__dict__["containerd"] = bed.start_containerd("c", snippet)
+
+    image = bed.import_vm("disk")
+
+    contains(bed.vm(image, "vm", "--rm").out, DIFF_LINE, "the guest's console")
+
+
+@case(guests=("native",))
+def one_disk_and_two_kernels(bed: Bed) -> None:
+    """Two images that share their disk layers and differ in the kernel keep their own kernels."""
+    disks, first, second = bed.guests.disks, bed.guests.layout("poweroff"), bed.guests.layout("reset")
+    check(len(disks) == 2 and _layers_of(first)[:2] == _layers_of(second)[:2], "the images do not share their disks")
+
+    one, two = bed.import_for_ovms(first), bed.import_for_ovms(second)
+
+    contains(bed.vm(one, "vm1", "--rm").out, bed.guests.ready("poweroff"), "the first guest's console")
+    contains(bed.vm(two, "vm2", "--rm").out, bed.guests.ready("reset"), "the second guest's console")
+
+
+@case()
+def one_image_with_other_arguments(bed: Bed) -> None:
+    """Two images that differ in nothing but the kernel's arguments boot with their own."""
+    first, second = bed.import_vm("poweroff"), bed.import_vm("poweroff", extra_args="marked=2", name="marked")
+
+    check("marked=2" not in bed.vm(first, "vm1", "--rm").out, "the first guest has the second one's arguments")
+    contains(bed.vm(second, "vm2", "--rm").out, "marked=2", "the second guest's console")
+
+
+@case(guests=("native",))
+def depth_of_many_layers(bed: Bed) -> None:
+    """A disk of forty layers is unpacked and read whole."""
+    base, diff = bed.guests.disks
+    parts = bed.guests.parts("disk")
+    disks = [flag for disk in [base, *[diff] * 39] for flag in ("--disk", str(disk))]
+    layout = bed.dir / "deep"
+    bed.ovms.ovm("build", "--kernel", parts.kernel, *disks, "--args", parts.args, "--name", "deep", "--version", "1", "-o", layout)
+
+    image = bed.import_for_ovms(layout)
+
+    contains(bed.vm(image, "vm", "--rm").out, DIFF_LINE, "the guest's console")
+
+
+@case(guests=("native",))
+def commit_of_a_disk_gives_a_block_diff(bed: Bed) -> None:
+    """`ctr snapshots diff` of a machine's disk gives one small layer, and this layer holds the write."""
+    image = bed.import_vm("disk")
+    # The guest writes a pattern to the sector that the argument names.
+    bed.vm(image, "vm", "--annotation", "io.ovms.kernel-args=sector=0")
+
+    parent = bed.containerd.ctr("snapshots", "--snapshotter", "ovms", "info", "vm").out
+    name = json.loads(parent)["Parent"]
+    layer = bed.dir / "layer.tar"
+    argv = bed.containerd.argv("snapshots", "--snapshotter", "ovms", "diff", "vm", name)
+    with open(layer, "wb") as out:
+        child = process.spawn(argv, stdout=out, env=None)
+        check(child.wait(60) == 0, "ctr snapshots diff failed")
+
+    listed = process.run(["tar", "-taf", layer]).out.split()
+    check("ovm/disk.qcow2" in listed and "ovm/manifest.json" in listed, f"the layer holds {listed}")
+    check(layer.stat().st_size < 1 << 20, f"the layer has {layer.stat().st_size} bytes")
+    process.run(["tar", "-C", bed.dir, "-xaf", layer, "ovm/disk.qcow2"])
+    process.run(["qemu-img", "check", bed.dir / "ovm/disk.qcow2"])
+    raw = bed.dir / "raw"
+    process.run(["qemu-img", "convert", "-O", "raw", bed.dir / "ovm/disk.qcow2", raw])
+    pattern = bytes((i * 7 + 3) & 0xFF for i in range(512))
+    check(raw.read_bytes()[:512] == pattern, "the layer does not hold what the guest wrote")
+
+
+def push_with_oras(bed: Bed, name: str, *, format_annotation: bool = True, config: bool = True) -> str:
+    """Pushes kernel, initrd, disks and manifest as single blobs, the way the specification's examples do."""
+    parts = bed.guests.parts("disk")
+    scratch = bed.dir / "oras"
+    scratch.mkdir()
+    files: list[tuple[Path, str]] = [(parts.kernel, "application/vnd.ovms.kernel.v1")]
+    if parts.initrd:
+        files.append((parts.initrd, "application/vnd.ovms.initrd.v1"))
+    files += [(disk, "application/vnd.oci.image.layer.v1.tar") for disk in parts.disks]
+    words: list[str] = []
+    digests: dict[Path, str] = {}
+    annotations: dict[str, dict[str, str]] = {}
+    for file, media_type in files:
+        data = file.read_bytes()
+        digests[file] = oci.digest(data)
+        (scratch / file.name).write_bytes(data)
+        words.append(f"{file.name}:{media_type}")
+        if file in parts.disks and format_annotation:
+            annotations[file.name] = {"ovms.format": "qcow2"}
+    manifest = {
+        "schemaVersion": 1, "mediaType": _MANIFEST, "name": "oras", "version": "1",
+        "kernel": {"ref": digests[parts.kernel], "args": parts.args},
+        "diskLayers": [{"ref": digests[disk], "format": "qcow2", "size": disk.stat().st_size} for disk in parts.disks],
+    }
+    if parts.initrd:
+        manifest["initrd"] = {"ref": digests[parts.initrd]}
+    (scratch / "manifest.json").write_text(json.dumps(manifest), encoding="ascii")
+    image_config = {
+        "architecture": "amd64", "os": "linux", "config": {"Entrypoint": ["ovms"]},
+        "rootfs": {"type": "layers", "diff_ids": [digests[disk] for disk in parts.disks]},
+    }
+    (scratch / "config.json").write_text(json.dumps(image_config), encoding="ascii")
+    (scratch / "annotations.json").write_text(json.dumps(annotations), encoding="ascii")
+    ref = bed.registry.ref(name)
+    options = ["--config", f"config.json:{oci.CONFIG}"] if config else ["--artifact-type", _MANIFEST]
+    process.run(
+        [gotools.directory(gotools.ORAS) / "oras", "push", "--plain-http", "--annotation-file", "annotations.json", *options, ref,
+         f"manifest.json:{_MANIFEST}", *words],
+        cwd=scratch, timeout=300,
+    )
+    return ref
+
+
+def without_our_differ(snippet: str) -> str:
+    """The shipped configuration with containerd's walking differ in the place of ours."""
+    return snippet.replace('differ = "ovms-diff"', 'differ = "walking"').replace('default = ["ovms-diff", "walking"]', 'default = ["walking"]')
+
+
+def _manifest_of(layout: Path) -> dict[str, object]:
+    index = json.loads((layout / "index.json").read_text(encoding="utf-8"))
+    digest = index["manifests"][0]["digest"].removeprefix("sha256:")
+    manifest: dict[str, object] = json.loads((layout / "blobs/sha256" / digest).read_text(encoding="utf-8"))
+    return manifest
+
+
+def _layers_of(layout: Path) -> list[str]:
+    layers = _manifest_of(layout)["layers"]
+    assert isinstance(layers, list)
+    return [layer["digest"] for layer in layers if "image.layer" in layer["mediaType"]]
