@@ -158,11 +158,11 @@ proptest! {
             prop_assert_eq!(file.metadata().unwrap().len(), plan.file_size());
             dir.qemu_img(&["check", "-q", "-f", "qcow2", name]);
         }
-        dir.qemu_img(&["compare", "-q", "-s", "-f", "qcow2", "-F", "raw", "flat.qcow2", &dir.write("model.raw", &model)]);
+        dir.qemu_img(&["compare", "-q", "-f", "qcow2", "-F", "raw", "flat.qcow2", &dir.write("model.raw", &model)]);
         let again = stack_of(&dir, &[("base.qcow2", Format::Qcow2), ("diff.qcow2", Format::Qcow2)], None);
         prop_assert!(read_all(&again) == model);
         dir.qemu_img(&["rebase", "-u", "-f", "qcow2", "-b", "base.raw", "-F", "raw", "diff.qcow2"]);
-        dir.qemu_img(&["compare", "-q", "-s", "-f", "qcow2", "-F", "raw", "diff.qcow2", "model.raw"]);
+        dir.qemu_img(&["compare", "-q", "-f", "qcow2", "-F", "raw", "diff.qcow2", "model.raw"]);
     }
 }
 
