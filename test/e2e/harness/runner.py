@@ -21,11 +21,11 @@ from .guests import Guests
 from .report import Outcome
 
 #: Seconds that something quick may take: on this machine, and in an emulated one.
-_PATIENCE = {"native": 15.0, "direct": 15.0, "nested": 90.0}
+PATIENCE = {"native": 15.0, "direct": 15.0, "nested": 90.0}
 #: How much longer a whole case may take in an emulated host.
-_SLOWNESS = {"native": 1.0, "direct": 1.0, "nested": 5.0}
+SLOWNESS = {"native": 1.0, "direct": 1.0, "nested": 5.0}
 #: Where cases keep their files: /tmp of the nested host is memory, which its guests need.
-_SCRATCH = {"native": "/tmp", "direct": "/tmp", "nested": "/var/tmp"}
+SCRATCH = {"native": "/tmp", "direct": "/tmp", "nested": "/var/tmp"}
 
 
 class _TimedOut(Exception):
@@ -88,7 +88,7 @@ def _run_here(wanted: list[Case], place: str) -> Iterator[Outcome]:
     kind = "native" if place == "native" else "stock"
     reason = places.unusable(place)
     no_kvm = places.without_kvm()
-    guests = Guests(kind, _SCRATCH[place])
+    guests = Guests(kind, SCRATCH[place])
     try:
         for case in wanted:
             if kind not in case.guests:
@@ -107,17 +107,17 @@ def _run_here(wanted: list[Case], place: str) -> Iterator[Outcome]:
 
 def _run_case(case: Case, place: str, where: str, release: str, guests: Guests) -> Outcome:
     began = time.monotonic()
-    bed = Bed(release, guests, _PATIENCE[place], _SCRATCH[place])
+    bed = Bed(release, guests, PATIENCE[place], SCRATCH[place])
     result, reasons = "passed", []
     try:
-        with _time_limit(case.seconds * _SLOWNESS[place]):
+        with _time_limit(case.seconds * SLOWNESS[place]):
             case.body(bed)
     except CaseSkipped as skip:
         result, reasons = "skipped", [str(skip)]
     except CaseFailed as failure:
         result, reasons = "failed", [str(failure)]
     except _TimedOut:
-        result, reasons = "failed", [f"not done after {case.seconds * _SLOWNESS[place]:.0f} s, at {_place_in(sys.exc_info()[2])}"]
+        result, reasons = "failed", [f"not done after {case.seconds * SLOWNESS[place]:.0f} s, at {_place_in(sys.exc_info()[2])}"]
     except KeyboardInterrupt:
         bed.close()
         raise
