@@ -1,0 +1,185 @@
+//! How many vCPUs and how much memory a machine gets: one pure function.
+
+use ovms_config::settings::VmSettings;
+use ovms_config::size::parse_size;
+use ovms_config::vm::{MAX_MEMORY, MAX_VCPUS, MEMORY_STEP, MIN_MEMORY};
+
+use crate::error::{Error, Kind, Result};
+
+/// Annotation that gives the number of vCPUs.
+pub const ANNOTATION_VCPUS: &str = "io.ovms.vcpus";
+/// Annotation that gives the memory, with a unit.
+pub const ANNOTATION_MEMORY: &str = "io.ovms.memory";
+/// Annotation whose text is appended to the kernel command line.
+pub const ANNOTATION_KERNEL_ARGS: &str = "io.ovms.kernel-args";
+
+/// What is said about a machine's size, in falling precedence: limits of the spec, annotations, image. What none of
+/// them says comes from the settings.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Wishes {
+    /// `memory.limit` of the spec in bytes; 0 and below: none.
+    pub spec_memory: Option<i64>,
+    /// `cpu.quota` of the spec in microseconds; 0 and below: none.
+    pub spec_cpu_quota: Option<i64>,
+    /// `cpu.period` of the spec in microseconds; the kernel's default is 100,000.
+    pub spec_cpu_period: Option<u64>,
+    /// Text of [`ANNOTATION_VCPUS`].
+    pub annotation_vcpus: Option<String>,
+    /// Text of [`ANNOTATION_MEMORY`].
+    pub annotation_memory: Option<String>,
+    /// The image's default number of vCPUs.
+    pub image_vcpus: Option<u32>,
+    /// The image's default memory in bytes.
+    pub image_memory: Option<u64>,
+}
+
+/// What a machine gets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Size {
+    /// Number of vCPUs.
+    pub vcpus: u32,
+    /// Guest memory in bytes, a multiple of 2 MiB.
+    pub memory: u64,
+    /// Memory limit of the VMM's cgroup in bytes: the limit as it was asked for plus the overhead.
+    pub cgroup_memory: u64,
+}
+
+/// Period of the kernel's CPU bandwidth control where the spec names none, in microseconds.
+const DEFAULT_PERIOD: u64 = 100_000;
+
+/// Decides. Memory is rounded down to 2 MiB; a CPU limit of 1.5 gives 2 vCPUs.
+///
+/// # Errors
+/// [`Kind::InvalidArgument`], naming who asked for what is not possible.
+pub fn settle(wishes: &Wishes, settings: &VmSettings) -> Result<Size> {
+    let vcpus = vcpus(wishes, settings)?;
+    let (asked, who) = memory(wishes, settings)?;
+    let memory = asked - asked % MEMORY_STEP;
+    if !(MIN_MEMORY..=MAX_MEMORY).contains(&memory) {
+        return Err(Error::new(
+            Kind::InvalidArgument,
+            format!("{who} asks for {asked} bytes of memory; a machine has 32 MiB to 1 TiB"),
+        ));
+    }
+    Ok(Size { vcpus, memory, cgroup_memory: asked.saturating_add(settings.overhead) })
+}
+
+fn vcpus(wishes: &Wishes, settings: &VmSettings) -> Result<u32> {
+    let quota = wishes.spec_cpu_quota.and_then(|quota| u64::try_from(quota).ok()).filter(|quota| *quota > 0);
+    let (number, who) = if let Some(quota) = quota {
+        let period = wishes.spec_cpu_period.filter(|period| *period > 0).unwrap_or(DEFAULT_PERIOD);
+        (quota.div_ceil(period), "the spec's CPU limit")
+    } else if let Some(text) = &wishes.annotation_vcpus {
+        let number = text.trim().parse().map_err(|_| {
+            Error::new(Kind::InvalidArgument, format!("annotation {ANNOTATION_VCPUS} is {text:?}, not a number"))
+        })?;
+        (number, "annotation io.ovms.vcpus")
+    } else if let Some(number) = wishes.image_vcpus {
+        (u64::from(number), "the image")
+    } else {
+        (u64::from(settings.vcpus), "the settings file")
+    };
+    u32::try_from(number).ok().filter(|number| (1..=MAX_VCPUS).contains(number)).ok_or_else(|| {
+        Error::new(Kind::InvalidArgument, format!("{who} asks for {number} vCPUs; a machine has 1 to {MAX_VCPUS}"))
+    })
+}
+
+fn memory(wishes: &Wishes, settings: &VmSettings) -> Result<(u64, &'static str)> {
+    let limit = wishes.spec_memory.and_then(|limit| u64::try_from(limit).ok()).filter(|limit| *limit > 0);
+    if let Some(limit) = limit {
+        // Clients write "no limit" as the largest page-aligned number too.
+        if limit < (i64::MAX as u64) - 0xffff {
+            return Ok((limit, "the spec's memory limit"));
+        }
+    }
+    if let Some(text) = &wishes.annotation_memory {
+        let bytes = parse_size(text).map_err(|err| {
+            Error::new(Kind::InvalidArgument, format!("annotation {ANNOTATION_MEMORY} is no size")).because(err)
+        })?;
+        return Ok((bytes, "annotation io.ovms.memory"));
+    }
+    Ok(match wishes.image_memory {
+        Some(bytes) => (bytes, "the image"),
+        None => (settings.memory, "the settings file"),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    fn all() -> Wishes {
+        Wishes {
+            spec_memory: Some(300 * MIB as i64),
+            spec_cpu_quota: Some(350_000),
+            spec_cpu_period: Some(100_000),
+            annotation_vcpus: Some("3".into()),
+            annotation_memory: Some("400M".into()),
+            image_vcpus: Some(5),
+            image_memory: Some(600 * MIB),
+        }
+    }
+
+    #[test]
+    fn precedence_is_spec_annotation_image_settings() {
+        let settings = VmSettings::default();
+        let mut wishes = all();
+        let mut seen = Vec::new();
+        let drops: [fn(&mut Wishes); 4] = [
+            |_| (),
+            |w| (w.spec_memory, w.spec_cpu_quota) = (None, None),
+            |w| (w.annotation_memory, w.annotation_vcpus) = (None, None),
+            |w| (w.image_memory, w.image_vcpus) = (None, None),
+        ];
+        for drop in drops {
+            drop(&mut wishes);
+            let size = settle(&wishes, &settings).unwrap();
+            assert_eq!(size.cgroup_memory, size.memory + settings.overhead);
+            seen.push((size.vcpus, size.memory / MIB));
+        }
+        assert_eq!(seen, [(4, 300), (3, 400), (5, 600), (1, 512)]);
+    }
+
+    #[test]
+    fn an_odd_limit_is_rounded_down_for_the_guest_and_kept_for_the_cgroup() {
+        let wishes = Wishes { spec_memory: Some((301 * MIB + 5) as i64), ..Wishes::default() };
+        let size = settle(&wishes, &VmSettings::default()).unwrap();
+        assert_eq!((size.memory, size.cgroup_memory), (300 * MIB, 365 * MIB + 5));
+    }
+
+    #[test]
+    fn a_fraction_of_a_cpu_is_a_whole_vcpu() {
+        for (quota, period, vcpus) in [(1, None, 1), (100_000, None, 1), (100_001, None, 2), (50_000, Some(25_000), 2)] {
+            let wishes = Wishes { spec_cpu_quota: Some(quota), spec_cpu_period: period, ..Wishes::default() };
+            assert_eq!(settle(&wishes, &VmSettings::default()).unwrap().vcpus, vcpus, "{quota}/{period:?}");
+        }
+    }
+
+    #[test]
+    fn no_limit_in_any_spelling_is_none() {
+        for limit in [-1, 0, i64::MAX, i64::MAX - 4095] {
+            let wishes = Wishes { spec_memory: Some(limit), spec_cpu_quota: Some(-1), ..Wishes::default() };
+            let size = settle(&wishes, &VmSettings::default()).unwrap();
+            assert_eq!((size.memory, size.vcpus), (512 * MIB, 1));
+        }
+    }
+
+    #[test]
+    fn settle_impossible_wish_returns_who_asked() {
+        let cases = [
+            (Wishes { spec_memory: Some(8 << 20), ..Wishes::default() }, "the spec's memory limit asks for 8388608"),
+            (Wishes { annotation_memory: Some("lots".into()), ..Wishes::default() }, "io.ovms.memory is no size"),
+            (Wishes { annotation_vcpus: Some("two".into()), ..Wishes::default() }, "io.ovms.vcpus is \"two\""),
+            (Wishes { annotation_vcpus: Some("0".into()), ..Wishes::default() }, "asks for 0 vCPUs"),
+            (Wishes { image_vcpus: Some(33), ..Wishes::default() }, "the image asks for 33 vCPUs"),
+            (Wishes { image_memory: Some(u64::MAX), ..Wishes::default() }, "the image asks for"),
+        ];
+        for (wishes, expected) in cases {
+            let err = settle(&wishes, &VmSettings::default()).unwrap_err();
+            assert_eq!(err.kind(), Kind::InvalidArgument);
+            assert!(err.chain().contains(expected), "{} lacks {expected}", err.chain());
+        }
+    }
+}

@@ -1,0 +1,107 @@
+//! What a caller asks for: [`CreateSpec`] and its parts.
+
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::sizing::Wishes;
+
+/// Everything that [`crate::Engine::create`] needs to know.
+#[derive(Debug, Default)]
+pub struct CreateSpec {
+    /// Name of the machine, unique in its namespace: letters, digits, `.`, `_`, `-`; it starts with a letter or digit
+    /// and has at most 128 bytes.
+    pub id: String,
+    /// containerd's namespace, or `ovm` for the CLI; the same alphabet.
+    pub namespace: String,
+    /// What is booted, and from which disks.
+    pub boot: BootFiles,
+    /// What spec, annotations and image say about vCPUs and memory; [`crate::sizing::settle`] decides.
+    pub wishes: Wishes,
+    /// Appended to the image's kernel command line (annotation `io.ovms.kernel-args`).
+    pub extra_kernel_args: Option<String>,
+    /// The guest may not write to its disks.
+    pub read_only: bool,
+    /// Where the console goes.
+    pub stdio: Stdio,
+    /// `linux.cgroupsPath` of the OCI spec: a path below each hierarchy's root, or systemd's `slice:prefix:name`.
+    /// `None`: `/ovms/<namespace>-<id>`.
+    pub cgroups_path: Option<String>,
+    /// Limits for the VMM's cgroup. Its memory limit is the machine's memory (or `limits.memory` if that is larger)
+    /// plus the `overhead` of the settings.
+    pub limits: Limits,
+    /// Path of the network namespace that the VMM joins; `None`: an empty one of its own.
+    pub netns: Option<PathBuf>,
+    /// Host name in the VMM's own UTS namespace; empty: the id.
+    pub hostname: String,
+    /// `oom_score_adj` of the VMM. Lowering it needs CAP_SYS_RESOURCE; without it the value is left as it was.
+    pub oom_score_adj: Option<i32>,
+}
+
+/// The files of a bundle that a machine starts from. All paths are absolute.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BootFiles {
+    /// bzImage or ELF.
+    pub kernel: PathBuf,
+    /// Initial RAM disk.
+    pub initrd: Option<PathBuf>,
+    /// Kernel command line of the image.
+    pub cmdline: String,
+    /// Disks in order: the first is /dev/vda of a Linux guest.
+    pub disks: Vec<DiskFiles>,
+}
+
+/// The files of one disk (see `ovms_disk::StackFiles`).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskFiles {
+    /// The table that says which layer holds what.
+    pub table: PathBuf,
+    /// The layers, base first; opened read-only.
+    pub layers: Vec<PathBuf>,
+    /// The writable top's data; locked as long as the VMM lives.
+    pub top_data: PathBuf,
+    /// The writable top's map.
+    pub top_map: PathBuf,
+    /// The disk's size in bytes.
+    pub size: u64,
+}
+
+/// The ends of the machine's serial console. The engine hands them to the VMM and keeps none, so a reader sees the end
+/// of the stream when the VMM is gone. They should not be shared with anyone who minds `O_NONBLOCK` (the flag belongs
+/// to the open file, not to the descriptor): pass pipes, fifos or a pty of your own, never the user's terminal.
+#[derive(Debug, Default)]
+pub struct Stdio {
+    /// What the guest reads.
+    pub stdin: Option<OwnedFd>,
+    /// What the guest writes.
+    pub stdout: Option<OwnedFd>,
+    /// Not used by the console, which has one stream; held open as long as the machine lives.
+    pub stderr: Option<OwnedFd>,
+}
+
+/// Limits of a cgroup, as the OCI spec's `linux.resources` has them; `None` leaves a figure as it is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Limits {
+    /// `memory.limit` in bytes: the guest's memory. -1 or 0: no limit asked for.
+    pub memory: Option<i64>,
+    /// `memory.reservation` in bytes (soft limit, v2 `memory.low`).
+    pub memory_reservation: Option<i64>,
+    /// `memory.swap` in bytes: memory plus swap, as v1 counts.
+    pub memory_swap: Option<i64>,
+    /// `cpu.shares`, 2 to 262144.
+    pub cpu_shares: Option<u64>,
+    /// `cpu.quota` in microseconds a period; -1: no limit.
+    pub cpu_quota: Option<i64>,
+    /// `cpu.period` in microseconds.
+    pub cpu_period: Option<u64>,
+    /// `cpu.cpus`, for instance `0-3,7`.
+    pub cpuset_cpus: Option<String>,
+    /// `cpu.mems`.
+    pub cpuset_mems: Option<String>,
+    /// `blockIO.weight`, 10 to 1000.
+    pub io_weight: Option<u16>,
+    /// `unified` of the OCI spec: file name and value, written as they are on cgroup v2 alone.
+    pub unified: Vec<(String, String)>,
+}

@@ -1,0 +1,114 @@
+//! The lists behind the filters. Each entry is there because code of ours, of the standard library or of libc makes
+//! that call on that kind of thread after the filter is up; `tests.rs` exercises every one.
+
+use std::collections::BTreeMap;
+
+use seccompiler::{BackendError, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompRule};
+
+use super::ThreadKind;
+
+/// Call number → rules, any of which lets the call pass; none: it always passes.
+type Rules = BTreeMap<i64, Vec<SeccompRule>>;
+
+/// What libc and the standard library need on every thread: locks, the allocator, the end of a thread, a panic's
+/// message.
+const EVERY_THREAD: &[i64] = &[
+    libc::SYS_brk,
+    libc::SYS_clock_gettime,
+    libc::SYS_close,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+    libc::SYS_futex,
+    libc::SYS_gettid,
+    libc::SYS_getpid,
+    libc::SYS_madvise,
+    libc::SYS_mremap,
+    libc::SYS_munmap,
+    libc::SYS_read,
+    libc::SYS_restart_syscall,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_sched_yield,
+    libc::SYS_sigaltstack,
+    libc::SYS_write,
+    libc::SYS_writev,
+];
+
+/// The owner waits for packets, wakes vCPUs by signal, and joins threads.
+const MAIN: &[i64] = &[
+    libc::SYS_clock_nanosleep,
+    libc::SYS_epoll_ctl,
+    libc::SYS_epoll_wait,
+    libc::SYS_poll,
+    libc::SYS_ppoll,
+    libc::SYS_recvmsg,
+    libc::SYS_sendmsg,
+    libc::SYS_shutdown,
+    libc::SYS_tgkill,
+    libc::SYS_fdatasync,
+];
+
+/// A vCPU wakes others and stops when it is told.
+const VCPU: &[i64] = &[libc::SYS_tgkill, libc::SYS_sendmsg];
+
+/// Block I/O (see `ovms_disk::Stack`).
+const BLOCK: &[i64] = &[
+    libc::SYS_epoll_wait,
+    libc::SYS_fallocate,
+    libc::SYS_fdatasync,
+    libc::SYS_ftruncate,
+    libc::SYS_poll,
+    libc::SYS_ppoll,
+    libc::SYS_pread64,
+    libc::SYS_preadv,
+    libc::SYS_pwrite64,
+    libc::SYS_pwritev,
+];
+
+/// Console input and output, entropy, and memory given back by the balloon.
+const CONSOLE: &[i64] =
+    &[libc::SYS_epoll_wait, libc::SYS_fallocate, libc::SYS_getrandom, libc::SYS_poll, libc::SYS_ppoll, libc::SYS_readv];
+
+/// `KVM_RUN` and what a vCPU thread does between two runs (numbers: the kernel's include/uapi/linux/kvm.h).
+const VCPU_IOCTLS: &[u64] = &[
+    0xae80,      // KVM_RUN
+    0x4020_aea5, // KVM_SIGNAL_MSI
+];
+
+/// The rules of one kind of thread.
+pub(super) fn of(kind: ThreadKind) -> Result<Rules, BackendError> {
+    let mut rules = Rules::new();
+    let own = match kind {
+        ThreadKind::Main => MAIN,
+        ThreadKind::Vcpu => VCPU,
+        ThreadKind::Block => BLOCK,
+        ThreadKind::Console => CONSOLE,
+    };
+    for number in EVERY_THREAD.iter().chain(own) {
+        rules.insert(*number, Vec::new());
+    }
+    rules.insert(libc::SYS_mmap, not_executable()?);
+    rules.insert(libc::SYS_mprotect, not_executable()?);
+    let ioctls = match kind {
+        ThreadKind::Vcpu => VCPU_IOCTLS,
+        _ => &[],
+    };
+    if !ioctls.is_empty() {
+        rules.insert(libc::SYS_ioctl, one_of(1, ioctls)?);
+    }
+    Ok(rules)
+}
+
+/// Passes `mmap` and `mprotect` whose third argument lacks `PROT_EXEC`.
+fn not_executable() -> Result<Vec<SeccompRule>, BackendError> {
+    let exec = SeccompCmpOp::MaskedEq(libc::PROT_EXEC as u64);
+    Ok(vec![SeccompRule::new(vec![SeccompCondition::new(2, SeccompCmpArgLen::Dword, exec, 0)?])?])
+}
+
+/// Passes calls whose argument `index` is one of `values`.
+fn one_of(index: u8, values: &[u64]) -> Result<Vec<SeccompRule>, BackendError> {
+    let rule = |value: &u64| {
+        SeccompRule::new(vec![SeccompCondition::new(index, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, *value)?])
+    };
+    values.iter().map(rule).collect()
+}
