@@ -194,10 +194,7 @@ mod tests {
     fn insert_empty_or_wrapping_range_returns_bad_range() {
         let mut builder = BusBuilder::new();
         for (base, len) in [(0, 0), (u64::MAX, 2)] {
-            assert_eq!(
-                builder.insert(base, len, Arc::new(Recorder::default())),
-                Err(BusError::BadRange { base, len })
-            );
+            assert_eq!(builder.insert(base, len, Arc::new(Recorder::default())), Err(BusError::BadRange { base, len }));
         }
         builder.insert(u64::MAX, 1, Arc::new(Recorder::default())).unwrap();
         assert!(builder.build().write(u64::MAX, &[0]));

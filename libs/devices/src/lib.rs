@@ -26,12 +26,15 @@
 pub mod bus;
 pub mod console;
 pub mod irq;
+pub mod legacy;
 pub mod machine;
 pub mod pci;
 mod poll;
 mod sync;
 #[allow(unsafe_code, reason = "system calls that the standard library does not wrap")]
 mod sys;
+#[cfg(any(test, feature = "test-util"))]
+pub mod testkit;
 pub mod threads;
 pub mod virtio;
 

@@ -31,4 +31,3 @@ pub(crate) fn wait_fds(fds: &[(&dyn AsRawFd, Interest)], timeout: Option<Duratio
     sys::poll(&mut polled, millis)?;
     Ok(polled.iter().map(|p| p.revents != 0).collect())
 }
-

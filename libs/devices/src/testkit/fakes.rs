@@ -1,0 +1,100 @@
+//! Recording implementations of the traits that the machine monitor implements.
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::Mutex;
+
+use crate::console::ByteSink;
+use crate::irq::{IrqLine, MsiMessage, MsiSink};
+use crate::machine::{MachineEvent, MachineEvents};
+use crate::sync::lock;
+
+/// A wire that remembers its level and counts its rising edges.
+#[derive(Debug, Default)]
+pub struct CountingIrq {
+    level: AtomicBool,
+    edges: AtomicUsize,
+}
+
+impl CountingIrq {
+    /// Whether the wire is asserted.
+    pub fn level(&self) -> bool {
+        self.level.load(Ordering::SeqCst)
+    }
+
+    /// Rising edges so far.
+    pub fn edges(&self) -> usize {
+        self.edges.load(Ordering::SeqCst)
+    }
+}
+
+impl IrqLine for CountingIrq {
+    fn assert(&self) {
+        if !self.level.swap(true, Ordering::SeqCst) {
+            self.edges.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    fn deassert(&self) {
+        self.level.store(false, Ordering::SeqCst);
+    }
+}
+
+/// Remembers the messages sent.
+#[derive(Debug, Default)]
+pub struct MsiLog(Mutex<Vec<MsiMessage>>);
+
+impl MsiLog {
+    /// The messages since the last call.
+    pub fn take(&self) -> Vec<MsiMessage> {
+        std::mem::take(&mut lock(&self.0))
+    }
+}
+
+impl MsiSink for MsiLog {
+    fn signal(&self, message: MsiMessage) {
+        lock(&self.0).push(message);
+    }
+}
+
+/// Remembers what a guest did to its machine.
+#[derive(Debug, Default)]
+pub struct EventLog(Mutex<Vec<MachineEvent>>);
+
+impl EventLog {
+    /// The events since the last call.
+    pub fn take(&self) -> Vec<MachineEvent> {
+        std::mem::take(&mut lock(&self.0))
+    }
+}
+
+impl MachineEvents for EventLog {
+    fn report(&self, event: MachineEvent) {
+        lock(&self.0).push(event);
+    }
+}
+
+/// A sink that keeps the last mebibyte.
+#[derive(Debug, Default)]
+pub struct RecordingSink(Mutex<Vec<u8>>);
+
+impl RecordingSink {
+    /// What was pushed so far.
+    pub fn bytes(&self) -> Vec<u8> {
+        lock(&self.0).clone()
+    }
+}
+
+impl ByteSink for RecordingSink {
+    fn push(&self, bytes: &[u8]) {
+        let mut kept = lock(&self.0);
+        if kept.len() > 1 << 20 {
+            kept.clear();
+        }
+        kept.extend_from_slice(bytes);
+    }
+    fn is_full(&self) -> bool {
+        false
+    }
+    fn wait_room(&self, _stop: &dyn Fn() -> bool) {}
+    fn kick(&self) {}
+}

@@ -1,0 +1,6 @@
+//! Fakes and the contract suite for tests of devices: no KVM, no root.
+
+pub mod contract;
+mod fakes;
+
+pub use fakes::{CountingIrq, EventLog, MsiLog, RecordingSink};
