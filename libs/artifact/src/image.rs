@@ -195,7 +195,11 @@ pub fn check_config_type(manifest: &oci::ImageManifest) -> Result<(), ImageError
 }
 
 impl Blob {
-    fn of(descriptor: &oci::Descriptor) -> Result<Self, ImageError> {
+    /// The blob a descriptor describes.
+    ///
+    /// # Errors
+    /// [`ImageError::Digest`], for a digest that is not sha256.
+    pub fn of(descriptor: &oci::Descriptor) -> Result<Self, ImageError> {
         let media_type = descriptor.media_type().to_string();
         let digest = Digest::try_from(descriptor.digest())
             .map_err(|source| ImageError::Digest { what: format!("the digest of a {media_type} blob"), source })?;
@@ -254,6 +258,12 @@ impl Parts {
             }
         }
         Ok(parts)
+    }
+
+    /// All blobs that are not layers.
+    pub fn plain_blobs(&self) -> impl Iterator<Item = &Blob> {
+        let typed = [&self.kernels, &self.initrds, &self.ram_snapshots, &self.others];
+        self.manifest.iter().chain(typed.into_iter().flatten())
     }
 
     /// The chain id of the topmost layer: the name of the snapshot a container starts from; `None` without layers.

@@ -17,10 +17,12 @@
 )]
 
 pub mod archive;
+pub mod build;
 pub mod digest;
 pub mod image;
 mod json;
 pub mod layer;
+pub mod layout;
 pub mod manifest;
 pub mod media;
 

@@ -12,8 +12,8 @@ use crate::media;
 /// Longest kernel command line in bytes: x86's COMMAND_LINE_SIZE (arch/x86/include/asm/setup.h) without its NUL.
 pub const MAX_CMDLINE: usize = 2047;
 
-/// Most disk layers of an image; the depth containerd's own snapshotter suite demands, twice.
-const MAX_DISK_LAYERS: usize = 256;
+/// Most disk layers of an image: the same as a machine's (config, `MAX_LAYERS`).
+const MAX_DISK_LAYERS: usize = 200;
 /// Most devices of a manifest: they must fit one PCI bus beside ours.
 const MAX_DEVICES: usize = 16;
 /// Longest name, version, device name.

@@ -1,0 +1,100 @@
+//! What went wrong, as one line and an exit code.
+//!
+//! The codes are those of sysexits(3), so a script can tell bad input from a full disk; 2 is clap's own for usage.
+
+use std::error::Error;
+use std::io;
+use std::process::ExitCode;
+
+use ovms_artifact::build::BuildError;
+use ovms_artifact::layout::LayoutError;
+use ovms_artifact::manifest::ManifestError;
+
+/// Shown under `ovm --help`.
+pub const EXIT_CODES: &str = "Exit codes: 0 done, 2 wrong usage, 65 invalid input, 66 input not found, \
+                              73 output cannot be made, 74 read or write error, 77 not permitted";
+
+const DATA: u8 = 65;
+const NO_INPUT: u8 = 66;
+const CANNOT_CREATE: u8 = 73;
+const IO: u8 = 74;
+const NO_PERMISSION: u8 = 77;
+
+/// An error of a verb: its chain is printed once, its code is the program's.
+#[derive(Debug)]
+pub struct CliError {
+    code: u8,
+    source: Box<dyn Error + Send + Sync>,
+}
+
+impl CliError {
+    /// Input that does not hold.
+    pub fn invalid(source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+        Self { code: DATA, source: source.into() }
+    }
+
+    /// The system refused something; its kind decides on the code.
+    pub fn io(source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+        let source = source.into();
+        Self { code: io_code(source.as_ref()).unwrap_or(IO), source }
+    }
+
+    /// The whole chain, `a: b: c`.
+    pub fn chain(&self) -> String {
+        let mut text = self.source.to_string();
+        let mut next = self.source.source();
+        while let Some(error) = next {
+            text = format!("{text}: {error}");
+            next = error.source();
+        }
+        text
+    }
+
+    /// The program's exit code.
+    pub fn code(&self) -> ExitCode {
+        ExitCode::from(self.code)
+    }
+}
+
+impl From<BuildError> for CliError {
+    fn from(error: BuildError) -> Self {
+        match error {
+            BuildError::Read { .. } => Self::io(error),
+            BuildError::Layout(error) => Self::from(error),
+            error => Self::invalid(error),
+        }
+    }
+}
+
+impl From<LayoutError> for CliError {
+    fn from(error: LayoutError) -> Self {
+        match error {
+            LayoutError::Io { .. } => Self::io(error),
+            LayoutError::Occupied(_) => Self { code: CANNOT_CREATE, source: error.into() },
+            error => Self::invalid(error),
+        }
+    }
+}
+
+impl From<ManifestError> for CliError {
+    fn from(error: ManifestError) -> Self {
+        Self::invalid(error)
+    }
+}
+
+/// The code of the first system error in a chain. Damaged bytes (a wrong digest) come as `InvalidData`.
+fn io_code(error: &(dyn Error + Send + Sync + 'static)) -> Option<u8> {
+    let mut next: Option<&(dyn Error + 'static)> = Some(error);
+    while let Some(error) = next {
+        if let Some(io) = error.downcast_ref::<io::Error>() {
+            return Some(match io.kind() {
+                io::ErrorKind::NotFound => NO_INPUT,
+                io::ErrorKind::PermissionDenied => NO_PERMISSION,
+                io::ErrorKind::InvalidData | io::ErrorKind::InvalidInput => DATA,
+                _ => IO,
+            });
+        }
+        next = error.source();
+    }
+    None
+}

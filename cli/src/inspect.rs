@@ -1,0 +1,167 @@
+//! `ovm inspect`: what an image is made of, for people or as JSON.
+
+use std::path::PathBuf;
+
+use clap::Parser;
+use ovms_artifact::image::{Blob, Layer};
+use ovms_artifact::layout::{Entry, Layout, Loaded};
+use ovms_artifact::manifest::Manifest;
+use ovms_artifact::media::Compression;
+use serde_json::{json, Value};
+
+use crate::error::CliError;
+use crate::text;
+use crate::validate::{open, Input};
+
+/// What `ovm inspect` takes.
+#[derive(Parser)]
+pub struct Args {
+    /// A manifest (.json), an OCI layout directory, or a tar of one
+    path: PathBuf,
+    /// Which image, if the layout has several
+    #[arg(short, long, value_name = "TAG")]
+    tag: Option<String>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Prints what the path holds.
+pub fn run(args: &Args) -> Result<(), CliError> {
+    let shown = match open(&args.path)? {
+        Input::Manifest(manifest) if args.json => document(&json!({ "manifest": manifest }))?,
+        Input::Manifest(manifest) => manifest_text(&manifest),
+        Input::Layout(layout) => {
+            let image = layout.load(args.tag.as_deref())?;
+            let names = names(&layout, &image)?;
+            match args.json {
+                true => document(&image_json(&image, &names))?,
+                false => image_text(&image, &names),
+            }
+        }
+    };
+    print!("{shown}");
+    Ok(())
+}
+
+fn document(value: &Value) -> Result<String, CliError> {
+    serde_json::to_string_pretty(value).map(|text| text + "\n").map_err(CliError::invalid)
+}
+
+/// The index entries that lead to the image.
+fn names(layout: &Layout, image: &Loaded) -> Result<Vec<Entry>, CliError> {
+    let mut entries = layout.entries()?;
+    // An entry may be an index around the image; without one of the image's own, all names are its.
+    if entries.iter().any(|e| e.digest == image.image.digest) {
+        entries.retain(|e| e.digest == image.image.digest);
+    }
+    Ok(entries)
+}
+
+fn image_json(image: &Loaded, names: &[Entry]) -> Value {
+    let blob = |b: &Blob| json!({ "digest": b.digest, "size": b.size, "mediaType": b.media_type });
+    let layer = |l: &Layer| {
+        let mut value = blob(&l.blob);
+        value["diffId"] = json!(l.diff_id);
+        value["compression"] = json!(compression(l.encoding.compression));
+        value["role"] = json!(role(image, l));
+        value
+    };
+    let resolved = &image.resolved;
+    json!({
+        "names": names.iter().map(|e| json!({ "tag": e.tag, "name": e.name })).collect::<Vec<_>>(),
+        "image": blob(&image.image),
+        "config": blob(&image.config),
+        "chainId": image.parts.chain_id(),
+        "descriptor": image.descriptor,
+        "manifest": resolved.manifest,
+        "defaults": { "vcpus": resolved.manifest.vcpus(), "memoryBytes": resolved.manifest.memory_bytes() },
+        "kernel": resolved.kernel.as_ref().map(blob),
+        "initrd": resolved.initrd.as_ref().map(blob),
+        "ramSnapshot": resolved.ram_snapshot.as_ref().map(blob),
+        "layers": image.parts.layers.iter().map(layer).collect::<Vec<_>>(),
+    })
+}
+
+fn image_text(image: &Loaded, names: &[Entry]) -> String {
+    let mut out = manifest_text(&image.resolved.manifest);
+    for entry in names {
+        out += &line("name", entry.name.as_deref().or(entry.tag.as_deref()).unwrap_or("-"));
+    }
+    out += &line("image", &image.image.digest.to_string());
+    let blob = |what: &str, b: &Blob| line(what, &format!("{}  {}", b.digest, text::size(b.size)));
+    let resolved = &image.resolved;
+    out.extend(resolved.kernel.iter().map(|b| blob("kernel blob", b)));
+    out.extend(resolved.initrd.iter().map(|b| blob("initrd blob", b)));
+    out.extend(resolved.ram_snapshot.iter().map(|b| blob("ram blob", b)));
+    for (i, layer) in image.parts.layers.iter().enumerate() {
+        let packed = match layer.encoding.compression {
+            Compression::None => String::new(),
+            other => format!(", {}", compression(other)),
+        };
+        let what = format!("{}  {}{packed}  {}", layer.blob.digest, text::size(layer.blob.size), role(image, layer));
+        out += &line(&format!("layer {i}"), &what);
+    }
+    out
+}
+
+fn manifest_text(manifest: &Manifest) -> String {
+    let mut out = format!("{} {}\n", manifest.name, manifest.version);
+    if let Some(kernel) = &manifest.kernel {
+        out += &line("kernel", &kernel.reference.to_string());
+        out.extend(kernel.args.iter().map(|args| line("args", args)));
+    } else {
+        out += &line("kernel", "none, boots its disk by firmware");
+    }
+    out.extend(manifest.initrd.iter().map(|i| line("initrd", &i.reference.to_string())));
+    for disk in &manifest.disk_layers {
+        let size = disk.size.map(|s| format!("  {}", text::size(s))).unwrap_or_default();
+        out += &line("disk", &format!("{}  {}{size}", disk.reference, disk.format.name()));
+    }
+    out.extend(manifest.ram_snapshot.iter().map(|r| line("ram", &r.reference.to_string())));
+    for device in &manifest.devices {
+        let size = device.size.map(text::size).unwrap_or_default();
+        let addr = device.mmio_addr.as_deref().unwrap_or("anywhere");
+        out += &line("device", &format!("{} {} {size} at {addr}", device.kind, device.name));
+    }
+    out.extend(manifest.vcpus().map(|n| line("vcpus", &n.to_string())));
+    out.extend(manifest.memory_bytes().map(|n| line("memory", &text::size(n))));
+    if let Some(metadata) = &manifest.metadata {
+        out.extend(metadata.author.iter().map(|a| line("author", a)));
+        out.extend(metadata.created.iter().map(|c| line("created", c)));
+    }
+    if let Some(hints) = &manifest.runtime_hints {
+        if !hints.preferred_runtime.is_empty() {
+            out += &line("prefers", &hints.preferred_runtime.join(", "));
+        }
+        out.extend(hints.cold_start_target_ms.map(|ms| line("start goal", &format!("{ms} ms"))));
+    }
+    if manifest.container_mode {
+        out += &line("mode", "container");
+    }
+    out
+}
+
+fn line(key: &str, value: &str) -> String {
+    // What comes from an image must not drive the terminal.
+    let value: String = value.chars().map(|c| if c.is_control() { '?' } else { c }).collect();
+    format!("  {key:11} {value}\n")
+}
+
+fn role(image: &Loaded, layer: &Layer) -> String {
+    let disk = image.resolved.disks.iter().position(|d| d.layer.diff_id == layer.diff_id);
+    match (disk, image.descriptor == Some(layer.blob.digest)) {
+        (Some(i), false) => format!("disk {i}"),
+        (Some(i), true) => format!("disk {i} and descriptor"),
+        (None, true) => "descriptor".to_owned(),
+        (None, false) => "not used".to_owned(),
+    }
+}
+
+fn compression(compression: Compression) -> &'static str {
+    match compression {
+        Compression::None => "none",
+        Compression::Gzip => "gzip",
+        Compression::Zstd => "zstd",
+    }
+}
