@@ -18,8 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from e2e import cases  # noqa: E402
-from e2e.harness import places, report, runner  # noqa: E402
+from e2e import cases
+from e2e.harness import places, report, runner
 
 
 def main() -> int:

@@ -125,7 +125,7 @@ class NestedHost:
         socket_path = self._state / f"{tag}.sock"
         socket_path.unlink(missing_ok=True)
         self._spawn(f"virtiofsd-{tag}", [
-            _VIRTIOFSD, f"--socket-path={socket_path}", "-o", f"source={path}", "-o", "cache=auto",
+            _VIRTIOFSD, f"--socket-path={socket_path}", "-o", f"source={path}", "-o", "cache=always",
             "-o", "sandbox=chroot", "-o", "timeout=1", "--rlimit-nofile=0", "-f",
         ])
         deadline = time.monotonic() + 10

@@ -274,7 +274,7 @@ def a_root_that_overlayfs_made(bed: Bed) -> None:
     """An image unpacked by overlayfs is refused with what to add to the command."""
     layout = bed.guests.layout("poweroff")
     bed.containerd.import_layout(layout, "--snapshotter", "overlayfs")
-    image = [name for name in bed.image_names() if not name.startswith("import-")][0]
+    image = next(name for name in bed.image_names() if not name.startswith("import-"))
 
     done = bed.containerd.ctr("run", "--rm", "--snapshotter", "overlayfs", "--runtime", RUNTIME, image, "vm", status=None)
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from testbed import gotools
-
 from e2e.harness import oci, process
 from e2e.harness.bed import Bed
 from e2e.harness.case import case, check, contains
 from e2e.harness.guests import DIFF_LINE
+from testbed import gotools
 
 _MANIFEST = "application/vnd.ovms.manifest.v1+json"
 
@@ -216,7 +215,8 @@ def push_with_oras(bed: Bed, name: str, *, format_annotation: bool = True, confi
 
 def without_our_differ(snippet: str) -> str:
     """The shipped configuration with containerd's walking differ in the place of ours."""
-    return snippet.replace('differ = "ovms-diff"', 'differ = "walking"').replace('default = ["ovms-diff", "walking"]', 'default = ["walking"]')
+    walking = snippet.replace('differ = "ovms-diff"', 'differ = "walking"')
+    return walking.replace('default = ["ovms-diff", "walking"]', 'default = ["walking"]')
 
 
 def _manifest_of(layout: Path) -> dict[str, object]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from testbed import gotools
 
 from . import process
+from .case import CaseFailed
 from .process import Daemon, Done
 
 _SETS = {"containerd-2.4": gotools.CONTAINERD_2, "containerd-1.7": gotools.CONTAINERD_1}
@@ -112,7 +113,7 @@ class Containerd:
             fields = line.split()
             if fields[0] == task:
                 return int(fields[1])
-        raise process.CaseFailed(f"there is no task {task}")
+        raise CaseFailed(f"there is no task {task}")
 
     def purge(self) -> None:
         """Kills and deletes whatever the case left running, through the ordinary commands."""

@@ -80,8 +80,8 @@ class Leftovers:
             subprocess.run(["umount", "-l", path], check=False, capture_output=True)
         for name in _loops(self._token):
             subprocess.run(["losetup", "-d", f"/dev/{name}"], check=False, capture_output=True)
-        for path in _cgroups(self._token):
+        for cgroup in _cgroups(self._token):
             with contextlib.suppress(OSError):
-                path.rmdir()
+                cgroup.rmdir()
         for path in _namespaces(self._token):
             subprocess.run(["ip", "netns", "delete", os.path.basename(path)], check=False, capture_output=True)

@@ -43,13 +43,11 @@ def run_everywhere(where: str, pattern: str, inside: bool, path: Path) -> list[O
     wanted = [case for case in CASES if fnmatch.fnmatch(case.name, pattern)]
     outcomes: list[Outcome] = []
     for place in places.chosen(where):
-        if place == "nested" and not inside:
-            batch = _run_nested(wanted, pattern, path)
-        else:
-            batch = _run_here(wanted, place)
-        for outcome in batch:
+        elsewhere = place == "nested" and not inside
+        for outcome in _run_nested(wanted, pattern, path) if elsewhere else _run_here(wanted, place):
             outcomes.append(outcome)
-            if not (place == "nested" and not inside):
+            # What runs elsewhere announces itself.
+            if not elsewhere:
                 report.announce(outcome)
             report.write(outcomes, path)
     return outcomes
@@ -122,7 +120,7 @@ def _run_case(case: Case, place: str, where: str, release: str, guests: Guests) 
         bed.close()
         raise
     # A case that breaks must not take the cases after it along.
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         result, reasons = "failed", [f"{type(error).__name__} at {_place_in(error.__traceback__)}: {error}"]
     seconds = time.monotonic() - began
     if result == "failed":
