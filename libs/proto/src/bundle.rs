@@ -36,6 +36,11 @@ pub enum FromSnapshotter {
     Resolved {
         /// Absolute path of the record.
         bundle: PathBuf,
+        /// Entrypoint and Cmd of the image's config, where the snapshotter had to read it; none: an image with a
+        /// descriptor layer, whose Entrypoint is that of every `ovm build`. A container with other arguments was
+        /// given them by its user.
+        #[serde(default)]
+        args: Option<Vec<String>>,
     },
     /// It cannot be.
     Refused {
