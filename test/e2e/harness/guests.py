@@ -12,7 +12,7 @@ from testbed import guest
 
 from . import process
 from .case import CaseFailed, CaseSkipped
-from .ovms import REPO, binaries
+from .ovms import REPO, program
 
 _ELF = REPO / "target/guests"
 #: Bytes of the bare-metal guests' disk.
@@ -142,6 +142,6 @@ class Guests:
         parts = self.parts(behaviour)
         parts = Parts(parts.kernel, parts.initrd, parts.disks, f"{parts.args} {extra_args}".strip())
         process.run(
-            [binaries() / "ovm", "build", *parts.flags(), "--name", name or behaviour, "--version", "1", *flags, "-o", out],
+            [program("ovm"), "build", *parts.flags(), "--name", name or behaviour, "--version", "1", *flags, "-o", out],
             timeout=300,
         )

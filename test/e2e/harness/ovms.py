@@ -20,13 +20,18 @@ def binaries() -> Path:
     return Path(os.environ.get("OVMS_BIN_DIR") or REPO / "target/release")
 
 
+def program(name: str) -> Path:
+    """The path of one program; fails the case if it has not been built."""
+    path = binaries() / name
+    if not path.exists():
+        raise CaseFailed(f"{name} is not in {path.parent}: run `make build`")
+    return path
+
+
 class Ovms:
     """One installation of ovms below a case's directory."""
 
     def __init__(self, directory: Path, patience: float) -> None:
-        missing = [name for name in PROGRAMS if not (binaries() / name).exists()]
-        if missing:
-            raise CaseFailed(f"{', '.join(missing)} not found in {binaries()}: run `make build` first")
         self.directory = directory / "o"
         self.directory.mkdir()
         self._patience = patience
@@ -43,7 +48,7 @@ class Ovms:
 
     def program(self, name: str) -> Path:
         """The path of one program."""
-        return binaries() / name
+        return program(name)
 
     def write_settings(self, *, kvm: str = "/dev/kvm", extra: str = "") -> None:
         """Writes ovms.toml."""
