@@ -304,26 +304,24 @@ impl Parts {
             .ok_or_else(|| ImageError::MissingBlob { field: field.to_owned(), reference: reference.to_string() })
     }
 
+    /// The layers of the disk, each above the one before it; one layer's content may come several times.
     fn find_disks(&self, manifest: &Manifest) -> Result<Vec<Disk>, ImageError> {
-        let layers: Vec<&Layer> = self.layers.iter().collect();
         let mut disks = Vec::new();
-        let mut below: Option<usize> = None;
+        let mut above = self.layers.as_slice();
         for (i, disk) in manifest.disk_layers.iter().enumerate() {
             let field = format!("diskLayers[{i}].ref");
             let at = match disk.reference.digest() {
-                Some(digest) => position(&layers, &digest).ok_or_else(|| ImageError::MissingBlob {
-                    field: field.clone(),
-                    reference: digest.to_string(),
+                Some(digest) => position(above, &digest).ok_or_else(|| match position(&self.layers, &digest) {
+                    Some(_) => ImageError::DiskOrder(field.clone()),
+                    None => ImageError::MissingBlob { field: field.clone(), reference: digest.to_string() },
                 })?,
                 // Written without digests: the layers are the disk, in their order, if their number says so.
-                None if layers.len() == manifest.disk_layers.len() => i,
-                None => return Err(unpinned(&field, &disk.reference, layers.len())),
+                None if self.layers.len() == manifest.disk_layers.len() => 0,
+                None => return Err(unpinned(&field, &disk.reference, self.layers.len())),
             };
-            if below.is_some_and(|below| at <= below) {
-                return Err(ImageError::DiskOrder(field));
-            }
-            below = Some(at);
-            let Some(layer) = layers.get(at).copied() else { continue };
+            let rest = above.get(at..).unwrap_or_default();
+            let Some((layer, rest)) = rest.split_first() else { break };
+            above = rest;
             check_format(i, disk.format, layer)?;
             disks.push(Disk { layer: layer.clone(), format: disk.format });
         }
@@ -332,8 +330,8 @@ impl Parts {
 }
 
 /// Where a `ref` points among the layers: diff_ids first, then blob digests, then the disk files inside.
-fn position(layers: &[&Layer], digest: &Digest) -> Option<usize> {
-    let by = |matches: &dyn Fn(&Layer) -> bool| layers.iter().position(|layer| matches(layer));
+fn position(layers: &[Layer], digest: &Digest) -> Option<usize> {
+    let by = |matches: &dyn Fn(&Layer) -> bool| layers.iter().position(matches);
     by(&|l| l.diff_id == *digest)
         .or_else(|| by(&|l| l.blob.digest == *digest))
         .or_else(|| by(&|l| l.disk.is_some_and(|d| d.digest == Some(*digest))))

@@ -59,14 +59,6 @@ pub enum BuildError {
         /// Why, and the way out.
         problem: String,
     },
-    /// Two layers of the same content: a snapshot chain cannot hold one twice.
-    #[error("diskLayers[{second}]: has the same content as diskLayers[{first}], leave one out")]
-    SameDisk {
-        /// The lower one.
-        first: usize,
-        /// The upper one.
-        second: usize,
-    },
     /// A `ref` that is no file.
     #[error("{field}: \"{reference}\" is {what}, but a build takes files: download it and name the file")]
     NotAFile {
@@ -271,7 +263,7 @@ impl Writer<'_> {
             };
             ram.reference = self.list(&plain(path)?, media_type, None)?.into();
         }
-        for (second, (path, layer)) in recipe.disks.iter().zip(&mut manifest.disk_layers).enumerate() {
+        for (path, layer) in recipe.disks.iter().zip(&mut manifest.disk_layers) {
             let disk = plain(path)?;
             layer.size = Some(disk.size);
             let digest = match (options.raw_layers, layer.format.member()) {
@@ -282,10 +274,6 @@ impl Writer<'_> {
                 }
                 _ => self.list(&disk, media::OCI_LAYER, Some(layer.format))?,
             };
-            let before = self.diff_ids.split_last().map(|(_, before)| before).unwrap_or_default();
-            if let Some(first) = before.iter().position(|other| *other == digest) {
-                return Err(BuildError::SameDisk { first, second });
-            }
             layer.reference = digest.into();
         }
         Ok(manifest)

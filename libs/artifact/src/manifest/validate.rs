@@ -253,10 +253,10 @@ impl Manifest {
 /// What is wrong with a kernel command line, if anything.
 pub(crate) fn cmdline_problem(args: &str) -> Option<String> {
     if args.len() > MAX_CMDLINE {
-        return Some(format!("has {} bytes, a kernel takes {MAX_CMDLINE}", args.len()));
+        return Some(format!("the command line has {} bytes, a kernel takes {MAX_CMDLINE}", args.len()));
     }
     if args.chars().any(|c| c.is_control() && c != '\t') {
-        return Some("must not hold control characters or line ends".to_owned());
+        return Some("the command line must not hold control characters or line ends".to_owned());
     }
     None
 }
