@@ -1,5 +1,5 @@
 //! pvpanic: one register through which a dying kernel says so (QEMU's docs/specs/pvpanic.rst). Here the register and
-//! its I/O port; the PCI function that Debian's kernel has a driver for is in [`crate::pci`].
+//! its I/O port; the PCI function that Debian's kernel has a driver for is [`crate::pci::PvPanic`].
 
 use crate::bus::BusDevice;
 use crate::machine::{EventSink, MachineEvent};

@@ -11,7 +11,19 @@
 //! then decodes the new place, and tells a [`BarListener`], so that what hangs on the address outside of this crate
 //! (an ioeventfd, a memory slot) moves along.
 
+mod config;
+mod msix;
+mod pvpanic;
+mod root;
+
 use crate::irq::MsiMessage;
+
+pub(crate) use config::ConfigV1;
+pub use config::{BarSpec, ConfigSpace, Identity};
+pub use msix::{MsiNotifier, Msix, MAX_VECTORS};
+pub(crate) use msix::{MsixV1, CAPABILITY_ID as MSIX_CAPABILITY_ID, CONTROL_WRITABLE as MSIX_CONTROL_WRITABLE};
+pub use pvpanic::PvPanic;
+pub use root::{PciError, PciRoot, PciRootBuilder, CONFIG_ADDRESS_PORT, CONFIG_DATA_PORT, ECAM_LEN};
 
 /// Number of base address registers of a type 0 function.
 pub const BAR_COUNT: usize = 6;
@@ -65,7 +77,7 @@ pub trait BarListener: Send + Sync {
 
 /// Delivers the MSI-X vectors of one function.
 ///
-/// The machine monitor implements it with one irqfd per vector, or by a plain
+/// The machine monitor implements it with one irqfd per vector, or takes [`MsiNotifier`] over a plain
 /// [`crate::irq::MsiSink`].
 pub trait MsixNotifier: Send + Sync {
     /// The guest programmed `vector`: `Some` when it may be delivered now, `None` when it is masked or disabled.

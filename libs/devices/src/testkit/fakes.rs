@@ -1,11 +1,15 @@
 //! Recording implementations of the traits that the machine monitor implements.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
+use ovms_state::{Persist, Section, StateError};
+
+use crate::bus::BusDevice;
 use crate::console::ByteSink;
 use crate::irq::{IrqLine, MsiMessage, MsiSink};
 use crate::machine::{MachineEvent, MachineEvents};
+use crate::pci::PciFunction;
 use crate::sync::lock;
 
 /// A wire that remembers its level and counts its rising edges.
@@ -97,4 +101,50 @@ impl ByteSink for RecordingSink {
     }
     fn wait_room(&self, _stop: &dyn Fn() -> bool) {}
     fn kick(&self) {}
+}
+
+/// A PCI function as one range: configuration space, then BAR 0.
+pub struct FunctionBus<F>(
+    /// The function.
+    pub Arc<F>,
+);
+
+impl<F> FunctionBus<F> {
+    /// Where BAR 0 starts in the range.
+    pub const BAR: u64 = 0x100;
+    /// Bytes of the range: as much of the BAR as a 32 KiB one has.
+    pub const LEN: u64 = Self::BAR + 0x8000;
+}
+
+impl<F: PciFunction> BusDevice for FunctionBus<F> {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        match offset.checked_sub(Self::BAR) {
+            Some(at) => self.0.bar_read(0, at, data),
+            None if is_config_access(offset, data.len()) => self.0.config_read(offset as u16, data),
+            None => {}
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        match offset.checked_sub(Self::BAR) {
+            Some(at) => self.0.bar_write(0, at, data),
+            None if is_config_access(offset, data.len()) => self.0.config_write(offset as u16, data),
+            None => {}
+        }
+    }
+}
+
+impl<F: Persist> Persist for FunctionBus<F> {
+    fn save(&self) -> Result<Section, StateError> {
+        self.0.save()
+    }
+
+    fn restore(&self, section: &Section) -> Result<(), StateError> {
+        self.0.restore(section)
+    }
+}
+
+/// What the root complex passes on.
+fn is_config_access(offset: u64, len: usize) -> bool {
+    matches!(len, 1 | 2 | 4) && offset.is_multiple_of(len as u64)
 }

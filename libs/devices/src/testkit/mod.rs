@@ -3,4 +3,4 @@
 pub mod contract;
 mod fakes;
 
-pub use fakes::{CountingIrq, EventLog, MsiLog, RecordingSink};
+pub use fakes::{CountingIrq, EventLog, FunctionBus, MsiLog, RecordingSink};
