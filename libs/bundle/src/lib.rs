@@ -1,1 +1,27 @@
-//! bundle
+//! A bundle is what a machine starts from: kernel, initial RAM disk, the disk as a block stack, and a writable top.
+//!
+//! ```text
+//!  layer blobs ──worker (sandboxed)──> layer dirs: data + map ─┐
+//!  kernel, initrd ──verified copy──────────────────────────────┼─> Record (bundle.json) ──Bundle::open──> files
+//!  table (merged maps), top (fresh for each machine) ──────────┘                          top locked
+//! ```
+//! [`Record`] says where everything is, [`Bundle`] opens and locks it, [`layer`] unpacks one layer through the
+//! [`worker`], and [`unpack`] does all of it for an OCI image layout on disk. Where things are kept is the caller's
+//! choice: every function takes its paths.
+
+#![forbid(unsafe_code)]
+
+mod error;
+pub mod layer;
+mod open;
+mod publish;
+mod record;
+pub mod unpack;
+pub mod worker;
+
+pub use error::{Error, Result};
+pub use open::{create_top, Bundle, DiskFiles};
+pub use publish::{publish, sync, write_new};
+pub use record::{Disk, Record, TopPaths, RECORD_VERSION};
+/// The Entrypoint of every image that `ovm build` writes, for those who compare a container's arguments with it.
+pub use ovms_artifact::image::ENTRYPOINT;

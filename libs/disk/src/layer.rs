@@ -4,7 +4,11 @@
 //! layer defines. A qcow2 may leave ranges absent (they fall through to the layer below); a raw layer defines its whole
 //! range: data, or zeros where it has holes. Data that is all zeros is not stored but marked.
 
-use std::{fs::File, os::unix::fs::FileExt};
+use std::{
+    fs::File,
+    io::{self, Read},
+    os::unix::fs::FileExt,
+};
 
 use crate::{map::MapBuilder, qcow2, tiles::MAX_SIZE, Error, LayerMap, ReadAt, Result, State, SECTOR};
 
@@ -102,6 +106,58 @@ pub fn convert<S: ReadAt + ?Sized>(
         Format::Qcow2 => qcow2::convert(source, limits, sink),
         Format::Raw => convert_raw(source, &info, sink),
     }
+}
+
+/// Converts a raw layer that comes as a stream, such as a member of a compressed tar. Its length becomes the virtual
+/// size; `size` is what the stream's header says of it, for `progress` alone.
+///
+/// # Errors
+/// As [`convert`].
+pub fn convert_stream(
+    source: &mut dyn Read,
+    size: Option<u64>,
+    data: &File,
+    limits: &Limits,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<LayerMap> {
+    let limit = limits.max_virtual_bytes.min(MAX_SIZE);
+    let map = MapBuilder::default();
+    let mut sink = Sink { data, map, progress, size: size.unwrap_or(0), work: 0, max_work: limits.max_data_bytes };
+    let mut buffer = vec![0_u8; 1 << 20];
+    let mut at = 0_u64;
+    loop {
+        let n = fill(source, &mut buffer).map_err(Error::io("read the layer"))?;
+        // Only the last piece can be short; its last sector is filled up.
+        let padded = n.next_multiple_of(SECTOR as usize);
+        buffer.get_mut(n..padded).unwrap_or_default().fill(0);
+        if n > 0 {
+            let end = at + padded as u64;
+            if end > limit {
+                return Err(Error::Limit { what: "virtual size", value: end, limit });
+            }
+            sink.work(padded as u64)?;
+            sink.data(at, buffer.get(..padded).unwrap_or_default())?;
+            at = end;
+        }
+        if n < buffer.len() {
+            data.set_len(at).map_err(Error::io("size the layer's data file"))?;
+            return sink.finish(at);
+        }
+    }
+}
+
+/// Reads until the buffer is full or the stream at its end.
+fn fill(source: &mut dyn Read, buffer: &mut [u8]) -> io::Result<usize> {
+    let mut done = 0;
+    while let Some(rest) = buffer.get_mut(done..).filter(|rest| !rest.is_empty()) {
+        match source.read(rest) {
+            Ok(0) => break,
+            Ok(n) => done = done.saturating_add(n),
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(done)
 }
 
 fn convert_raw<S: ReadAt + ?Sized>(source: &S, info: &Info, mut sink: Sink<'_>) -> Result<LayerMap> {

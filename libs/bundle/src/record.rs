@@ -1,0 +1,111 @@
+//! The bundle record, `bundle.json`: where everything is that a machine starts from.
+
+use std::{
+    fs,
+    io::Write,
+    path::{Path, PathBuf},
+};
+
+use ovms_artifact::manifest::Manifest;
+use serde::{Deserialize, Serialize};
+
+use crate::{publish::write_new, Error, Result};
+
+/// The version of [`Record`]'s format.
+pub const RECORD_VERSION: u32 = 1;
+/// The largest record that is read, in bytes.
+const MAX_RECORD: u64 = 8 << 20;
+
+/// Where everything is that a machine starts from. A path that is not absolute is meant from the record's own
+/// directory, so a directory that holds record and files can be renamed.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct Record {
+    /// [`RECORD_VERSION`].
+    pub version: u32,
+    /// Digest of the image that it was made from, for people and logs.
+    pub image: Option<String>,
+    /// The OVMS manifest, validated: name, kernel arguments, devices, default vCPUs and memory (`defaults`).
+    pub manifest: Manifest,
+    /// The kernel.
+    pub kernel: Option<PathBuf>,
+    /// The initial RAM disk.
+    pub initrd: Option<PathBuf>,
+    /// The disk; none for a machine that lives in its initial RAM disk.
+    pub disk: Option<Disk>,
+}
+
+/// A disk's files; see `ovms_disk::StackFiles`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct Disk {
+    /// The disk's size in bytes when the record was written; a top may have grown since.
+    pub virtual_size: u64,
+    /// The merged table.
+    pub table: PathBuf,
+    /// The layers' data files, base first.
+    pub layers: Vec<PathBuf>,
+    /// The writable top; none in a template that instances are made of.
+    pub top: Option<TopPaths>,
+    /// The guest may not write, whatever the caller asks for.
+    #[serde(default)]
+    pub read_only: bool,
+}
+
+/// The two files of a writable top.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct TopPaths {
+    /// The data file. It carries the lock; beside it lies `<data>.holder`, which names who holds it.
+    pub data: PathBuf,
+    /// The block map.
+    pub map: PathBuf,
+}
+
+impl Record {
+    /// Reads a record and makes its paths absolute.
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::Record`].
+    pub fn load(path: &Path) -> Result<Record> {
+        let bad = |why: String| Error::Record { path: path.to_owned(), why };
+        let length = fs::metadata(path).map_err(Error::io("read", path))?.len();
+        if length > MAX_RECORD {
+            return Err(bad(format!("it has {length} bytes, more than {MAX_RECORD}")));
+        }
+        let text = fs::read(path).map_err(Error::io("read", path))?;
+        let mut record: Record = serde_json::from_slice(&text).map_err(|e| bad(e.to_string()))?;
+        if record.version != RECORD_VERSION {
+            let found = record.version;
+            return Err(bad(format!("it has format version {found}, this program reads version {RECORD_VERSION}")));
+        }
+        let dir = path.parent().unwrap_or(Path::new("."));
+        let dir = if dir.as_os_str().is_empty() { Path::new(".") } else { dir };
+        let dir = std::path::absolute(dir).map_err(Error::io("read", path))?;
+        record.each_path(|p| *p = dir.join(&*p));
+        Ok(record)
+    }
+
+    /// Writes the record: temporary file, sync, rename.
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::Record`].
+    pub fn save(&self, path: &Path) -> Result<()> {
+        let bad = |e: serde_json::Error| Error::Record { path: path.to_owned(), why: e.to_string() };
+        let mut text = serde_json::to_vec_pretty(self).map_err(bad)?;
+        text.push(b'\n');
+        write_new(path, |file| file.write_all(&text).map_err(Error::io("write", path)))
+    }
+
+    fn each_path(&mut self, mut change: impl FnMut(&mut PathBuf)) {
+        self.kernel.iter_mut().chain(self.initrd.iter_mut()).for_each(&mut change);
+        if let Some(disk) = &mut self.disk {
+            change(&mut disk.table);
+            disk.layers.iter_mut().for_each(&mut change);
+            if let Some(top) = &mut disk.top {
+                change(&mut top.data);
+                change(&mut top.map);
+            }
+        }
+    }
+}

@@ -1,0 +1,230 @@
+//! The worker's side: take the request, put up the walls, parse, answer.
+
+use std::{
+    fs::File,
+    io::{self, BufReader, Read, Write},
+    mem::MaybeUninit,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::net::UnixStream,
+    },
+    process::ExitCode,
+};
+
+use ovms_artifact::{
+    digest::{Digest, VerifyingReader},
+    layer::{self as blob, DiskFile, Encoding, LayerError},
+    manifest::DiskFormat,
+};
+use ovms_disk::layer::{self, Format};
+use rustix::net::{recvmsg, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
+
+use super::{
+    jail,
+    wire::{self, Done, DoneDisk, Reply, Request},
+    Progress, Source,
+};
+
+/// Bytes between two progress lines.
+const STEP: u64 = 8 << 20;
+
+/// The descriptors of a request, in their order on the wire.
+struct Files {
+    input: File,
+    data: File,
+    map: File,
+    scratch: File,
+}
+
+pub(super) fn main() -> ExitCode {
+    let socket = match rustix::io::dup(io::stdin()) {
+        Ok(fd) => UnixStream::from(fd),
+        Err(_) => return ExitCode::FAILURE,
+    };
+    match serve(&socket) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(why) => {
+            // Without a parent there is no one left to tell.
+            let _ = wire::write(&mut &socket, &Reply::Refused { why });
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn serve(mut socket: &UnixStream) -> Result<(), String> {
+    let (request, files) = receive(socket).map_err(|e| format!("cannot receive the request: {e}"))?;
+    jail::enter(&request.limits, request.ids)?;
+    let reply = unpack(socket, &request, files)?;
+    wire::write(&mut socket, &reply).map_err(|e| format!("cannot answer: {e}"))
+}
+
+fn receive(socket: &UnixStream) -> io::Result<(Request, Files)> {
+    let mut line = vec![0_u8; 64 << 10];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let got = recvmsg(
+        socket.as_fd(),
+        &mut [io::IoSliceMut::new(&mut line)],
+        &mut control,
+        RecvFlags::CMSG_CLOEXEC,
+    )?;
+    let mut files = control
+        .drain()
+        .filter_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(fds) => Some(fds),
+            _ => None,
+        })
+        .flatten()
+        .map(|fd: OwnedFd| File::from(fd));
+    let missing = || io::Error::new(io::ErrorKind::InvalidData, "a descriptor is missing");
+    let mut next = || files.next().ok_or_else(missing);
+    let files = Files { input: next()?, data: next()?, map: next()?, scratch: next()? };
+    // The rest of a long request, without descriptors.
+    let mut reader = BufReader::new(line.get(..got.bytes).unwrap_or_default().chain(socket));
+    Ok((wire::read(&mut reader)?.ok_or_else(missing)?, files))
+}
+
+fn unpack(socket: &UnixStream, request: &Request, files: Files) -> Result<Reply, String> {
+    let mut tell = Teller { socket, last: 0 };
+    match &request.source {
+        Source::Disk { format } => unpack_disk(*format, request, &files, &mut tell),
+        Source::Layer { media_type, format } => {
+            let encoding = Encoding::identify(media_type, format.as_deref()).map_err(|e| chain(&e))?;
+            unpack_layer(encoding, request, files, &mut tell)
+        }
+    }
+}
+
+fn unpack_layer(
+    encoding: Encoding,
+    request: &Request,
+    files: Files,
+    tell: &mut Teller<'_>,
+) -> Result<Reply, String> {
+    let Files { input, data, map, scratch } = files;
+    let input: Box<dyn Read> = match &request.expect {
+        None => Box::new(input),
+        Some((digest, size)) => {
+            let digest: Digest = digest.parse().map_err(|e: ovms_artifact::digest::DigestError| chain(&e))?;
+            Box::new(VerifyingReader::new(input, digest, *size))
+        }
+    };
+    let limits = blob::Limits { disk: request.limits.layer_data, ratio: request.limits.layer_ratio };
+    let mut visit = |disk: DiskFile<'_>| -> blob::VisitResult {
+        let written = match disk_format(disk.format)? {
+            Format::Raw => layer::convert_stream(disk.reader, disk.size, &data, &disk_limits(request), &mut |d, t| {
+                tell.progress(d, t);
+            })?,
+            Format::Qcow2 => {
+                spool(disk.reader, &scratch, disk.size, tell)?;
+                convert(&scratch, Format::Qcow2, &data, request, tell)?
+            }
+        };
+        Ok(written.write_to(&map)?)
+    };
+    match blob::read(BufReader::with_capacity(256 << 10, input), encoding, &limits, &mut visit) {
+        Ok(found) => Ok(Reply::Done(Done {
+            diff_id: Some(found.diff_id.to_string()),
+            size: found.size,
+            disk: found.disk.map(|disk| DoneDisk {
+                format: disk.format,
+                file_size: disk.size,
+                file_digest: disk.digest.map(|d| d.to_string()),
+                bare: disk.bare,
+            }),
+            descriptor: found.descriptor.map(String::from_utf8).transpose().map_err(|e| chain(&e))?,
+        })),
+        Err(LayerError::Ordinary(first)) => Ok(Reply::Ordinary { first }),
+        Err(e) => Ok(Reply::Refused { why: chain(&e) }),
+    }
+}
+
+fn unpack_disk(format: DiskFormat, request: &Request, files: &Files, tell: &mut Teller<'_>) -> Result<Reply, String> {
+    let file_size = files.input.metadata().map_err(|e| chain(&e))?.len();
+    let converted = disk_format(format)
+        .map_err(|e| chain(&*e))
+        .and_then(|f| convert(&files.input, f, &files.data, request, tell).map_err(|e| chain(&e)))
+        .and_then(|map| map.write_to(&files.map).map_err(|e| chain(&e)));
+    Ok(match converted {
+        Err(why) => Reply::Refused { why },
+        Ok(()) => Reply::Done(Done {
+            diff_id: None,
+            size: file_size,
+            disk: Some(DoneDisk { format, file_size, file_digest: None, bare: true }),
+            descriptor: None,
+        }),
+    })
+}
+
+fn convert(
+    source: &File,
+    format: Format,
+    data: &File,
+    request: &Request,
+    tell: &mut Teller<'_>,
+) -> ovms_disk::Result<ovms_disk::LayerMap> {
+    layer::convert(source, format, data, &disk_limits(request), &mut |done, total| tell.progress(done, total))
+}
+
+fn disk_format(format: DiskFormat) -> Result<Format, Box<dyn std::error::Error + Send + Sync>> {
+    match format {
+        DiskFormat::Qcow2 => Ok(Format::Qcow2),
+        DiskFormat::Raw => Ok(Format::Raw),
+        DiskFormat::Ovfms => Err("the format ovfms is described nowhere and not supported".into()),
+    }
+}
+
+fn disk_limits(request: &Request) -> layer::Limits {
+    let limits = &request.limits;
+    layer::Limits {
+        max_virtual_bytes: limits.disk_virtual,
+        max_data_bytes: limits.layer_data,
+        max_ratio: limits.layer_ratio,
+    }
+}
+
+/// Puts a stream into the scratch file, since a qcow2 is read by offset.
+fn spool(from: &mut dyn Read, mut to: &File, size: Option<u64>, tell: &mut Teller<'_>) -> io::Result<()> {
+    let mut buffer = vec![0_u8; 256 << 10];
+    let mut done = 0_u64;
+    loop {
+        let n = match from.read(&mut buffer) {
+            Ok(0) => return Ok(()),
+            Ok(n) => n,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+            Err(e) => return Err(e),
+        };
+        to.write_all(buffer.get(..n).unwrap_or_default())?;
+        done = done.saturating_add(n as u64);
+        // The copy is the first half of the work.
+        tell.progress(done / 2, size.unwrap_or(0));
+    }
+}
+
+/// Sends progress lines, not too many. If the parent is gone, the next one ends the worker.
+struct Teller<'a> {
+    socket: &'a UnixStream,
+    last: u64,
+}
+
+impl Teller<'_> {
+    fn progress(&mut self, done: u64, total: u64) {
+        if done.abs_diff(self.last) < STEP && done != total {
+            return;
+        }
+        self.last = done;
+        if wire::write(&mut self.socket, &Reply::Progress(Progress { done, total })).is_err() {
+            std::process::exit(1);
+        }
+    }
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(inner) = source {
+        text = format!("{text}: {inner}");
+        source = inner.source();
+    }
+    text
+}

@@ -1,0 +1,2 @@
+//! The worker as a real process: this program starts itself.
+fn main() {}
