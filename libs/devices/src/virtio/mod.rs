@@ -12,6 +12,10 @@
 //! addresses are how CVE-2026-5747 happened). A queue that breaks the rules stops its device and sets
 //! DEVICE_NEEDS_RESET; the machine goes on.
 
+pub mod pci;
+mod queue;
+mod worker;
+
 use std::sync::Arc;
 
 use ovms_state::Persist;
@@ -20,6 +24,8 @@ use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::GuestMemory;
+
+pub use queue::{Segment, MAX_SEGMENTS};
 
 /// How a device tells its driver something. Implemented by the transport; may be called from any thread.
 pub trait VirtioInterrupt: Send + Sync {
@@ -113,7 +119,7 @@ pub trait VirtioDevice: Persist + Send + Sync {
 
     /// Stops serving until [`VirtioDevice::resume`]: when it returns, no I/O is in flight, everything completed is in
     /// the used rings, and guest memory is not touched any more. Returns the progress of each active queue. A paused
-    /// device may be paused again.
+    /// device may be paused again. An inactive one may be paused too: activated, it then waits for the resume.
     fn pause(&self) -> Vec<QueueProgress>;
 
     /// Goes on after a pause, with a look at every queue, since kicks during the pause may be lost with the machine.

@@ -4,11 +4,14 @@ use crate::testkit::{contract, EventLog};
 
 const WINDOW: BarRange = BarRange { address: 0xe000_0000, size: 0x1000_0000 };
 
+/// Slot, old place, new place.
+type Move = (u8, Option<u64>, Option<u64>);
+
 #[derive(Default)]
-struct Moves(Mutex<Vec<(u8, Option<u64>, Option<u64>)>>);
+struct Moves(Mutex<Vec<Move>>);
 
 impl Moves {
-    fn take(&self) -> Vec<(u8, Option<u64>, Option<u64>)> {
+    fn take(&self) -> Vec<Move> {
         std::mem::take(&mut lock(&self.0))
     }
 }

@@ -1,0 +1,288 @@
+//! The thread that serves a device's queues.
+//!
+//! ```text
+//!              Activate            Pause
+//!   inactive ───────────> serving ────────> paused ──Resume──> serving
+//!      ^                     │ broken queue    │
+//!      │                     v                 │
+//!      └──────Reset─────── stopped <───────────┘  (a stopped worker waits for its reset)
+//! ```
+//!
+//! Started with the device and parked until a driver activates it, so that no thread is ever started from a vCPU
+//! thread. A device may be paused while it is inactive; activated, it then waits for the resume.
+
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use vmm_sys_util::eventfd::{EventFd, EFD_CLOEXEC, EFD_NONBLOCK};
+
+use super::queue::{QueueError, Turn, VirtQueue};
+use super::{ActivateError, ActiveState, QueueProgress, VirtioInterrupt};
+use crate::poll::{wait_fds, Interest};
+use crate::sync::lock;
+use crate::threads::{Spawner, ThreadKind};
+
+/// A device's way of serving its queues.
+pub(crate) trait QueueWorker: Send + 'static {
+    /// The driver activated the device with these features.
+    fn activated(&mut self, _features: u64) {}
+
+    /// Serves the queue at position `at`. `hurry` is set while a pause or reset waits.
+    fn serve(&mut self, queues: &mut [VirtQueue], at: usize, hurry: &AtomicBool) -> Result<Turn, QueueError>;
+
+    /// Another descriptor that wakes the worker, and then calls [`QueueWorker::woken`].
+    fn wake_fd(&self) -> Option<Arc<EventFd>> {
+        None
+    }
+
+    /// The descriptor of [`QueueWorker::wake_fd`] was signalled. Also called when serving begins.
+    fn woken(&mut self, _queues: &mut [VirtQueue], _hurry: &AtomicBool) -> Result<Turn, QueueError> {
+        Ok(Turn::Idle)
+    }
+
+    /// The driver reset the device; its queues are gone.
+    fn reset(&mut self) {}
+}
+
+enum Command {
+    Activate(ActiveState),
+    Pause,
+    Resume,
+    Reset,
+    Stop,
+}
+
+#[derive(Default)]
+struct Slot {
+    command: Option<Command>,
+    reply: Option<Vec<QueueProgress>>,
+    dead: bool,
+}
+
+struct Control {
+    slot: Mutex<Slot>,
+    changed: Condvar,
+    wake: EventFd,
+    /// A command waits; read by the worker between requests.
+    hurry: AtomicBool,
+}
+
+/// The handle of a worker thread. Dropping it ends the thread.
+pub(crate) struct Worker {
+    control: Arc<Control>,
+    /// Held during a call, so that commands do not overtake each other.
+    calls: Mutex<()>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Worker {
+    pub(crate) fn spawn(spawner: &Spawner, kind: ThreadKind, name: &str, work: impl QueueWorker) -> io::Result<Self> {
+        let control = Arc::new(Control {
+            slot: Mutex::default(),
+            changed: Condvar::new(),
+            wake: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+            hurry: AtomicBool::new(false),
+        });
+        let own = Arc::clone(&control);
+        let thread = spawner.spawn(kind, name, move || {
+            let _end = AtEnd(Arc::clone(&own));
+            Thread { control: &own, work, active: None, paused: false }.run();
+        })?;
+        Ok(Self { control, calls: Mutex::new(()), thread: Some(thread) })
+    }
+
+    pub(crate) fn activate(&self, state: ActiveState) -> Result<(), ActivateError> {
+        self.call(Command::Activate(state)).map(drop).ok_or(ActivateError::WorkerGone)
+    }
+
+    pub(crate) fn reset(&self) {
+        let _ = self.call(Command::Reset);
+    }
+
+    pub(crate) fn pause(&self) -> Vec<QueueProgress> {
+        self.call(Command::Pause).unwrap_or_default()
+    }
+
+    pub(crate) fn resume(&self) {
+        let _ = self.call(Command::Resume);
+    }
+
+    /// Waits until the worker has taken the command: at most as long as one request takes. `None` if it has ended.
+    fn call(&self, command: Command) -> Option<Vec<QueueProgress>> {
+        let _calls = lock(&self.calls);
+        let mut slot = lock(&self.control.slot);
+        slot.command = Some(command);
+        slot.reply = None;
+        self.control.hurry.store(true, Ordering::Release);
+        let _ = self.control.wake.write(1);
+        while slot.reply.is_none() && !slot.dead {
+            slot = self.control.changed.wait(slot).unwrap_or_else(PoisonError::into_inner);
+        }
+        slot.reply.take()
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        let _ = self.call(Command::Stop);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Tells callers that the thread is gone, however it went.
+struct AtEnd(Arc<Control>);
+
+impl Drop for AtEnd {
+    fn drop(&mut self) {
+        let mut slot = lock(&self.0.slot);
+        slot.dead = true;
+        slot.command = None;
+        self.0.changed.notify_all();
+    }
+}
+
+struct Active {
+    queues: Vec<VirtQueue>,
+    interrupt: Arc<dyn VirtioInterrupt>,
+    /// Which queues are to be served without waiting for a kick.
+    due: Vec<bool>,
+    /// Whether [`QueueWorker::woken`] is to be called without waiting for its descriptor.
+    woken_due: bool,
+    broken: bool,
+}
+
+impl Active {
+    fn all_due(&mut self) {
+        self.due.fill(true);
+        self.woken_due = true;
+    }
+
+    fn progress(&self) -> Vec<QueueProgress> {
+        self.queues.iter().map(VirtQueue::progress).collect()
+    }
+}
+
+struct Thread<'a, W> {
+    control: &'a Control,
+    work: W,
+    active: Option<Active>,
+    paused: bool,
+}
+
+impl<W: QueueWorker> Thread<'_, W> {
+    fn run(mut self) {
+        let wake_fd = self.work.wake_fd();
+        loop {
+            if self.control.hurry.load(Ordering::Acquire) && !self.obey() {
+                return;
+            }
+            let serving = !self.paused;
+            let active = self.active.as_mut().filter(|active| serving && !active.broken);
+            let waited = wait(self.control, active.as_deref(), wake_fd.as_deref());
+            let Some(active) = active else {
+                if waited.is_err() {
+                    return;
+                }
+                continue;
+            };
+            let Ok(ready) = waited else { return };
+            for (due, ready) in active.due.iter_mut().zip(&ready.kicks) {
+                *due |= *ready;
+            }
+            active.woken_due |= ready.extra;
+            if let Err(error) = serve_due(&mut self.work, active, &self.control.hurry) {
+                tracing::warn!(error = &error as &dyn std::error::Error, "the driver broke a queue, the device stops");
+                active.broken = true;
+                active.interrupt.needs_reset();
+            }
+        }
+    }
+
+    /// Takes the command that waits; `false` when it is to stop.
+    fn obey(&mut self) -> bool {
+        let mut slot = lock(&self.control.slot);
+        self.control.hurry.store(false, Ordering::Release);
+        let _ = self.control.wake.read();
+        let Some(command) = slot.command.take() else { return true };
+        let stop = matches!(command, Command::Stop);
+        match command {
+            Command::Activate(state) => self.activate(state),
+            Command::Pause => self.paused = true,
+            Command::Resume => {
+                self.paused = false;
+                if let Some(active) = &mut self.active {
+                    active.all_due();
+                }
+            }
+            Command::Reset | Command::Stop => {
+                self.active = None;
+                self.work.reset();
+            }
+        }
+        slot.reply = Some(self.active.as_ref().map(Active::progress).unwrap_or_default());
+        self.control.changed.notify_all();
+        !stop
+    }
+
+    fn activate(&mut self, state: ActiveState) {
+        self.work.activated(state.features);
+        let queues: Vec<VirtQueue> = state
+            .queues
+            .into_iter()
+            .map(|queue| VirtQueue::new(queue, Arc::clone(&state.mem), Arc::clone(&state.interrupt)))
+            .collect();
+        let due = vec![true; queues.len()];
+        self.active = Some(Active { queues, interrupt: state.interrupt, due, woken_due: true, broken: false });
+    }
+}
+
+#[derive(Default)]
+struct Ready {
+    kicks: Vec<bool>,
+    extra: bool,
+}
+
+/// Waits for a command, a kick or the extra descriptor; not at all if a queue is due.
+fn wait(control: &Control, active: Option<&Active>, extra: Option<&EventFd>) -> io::Result<Ready> {
+    let mut fds: Vec<(&dyn std::os::fd::AsRawFd, Interest)> = vec![(&control.wake, Interest::Read)];
+    let mut timeout = None;
+    if let Some(active) = active {
+        if active.woken_due || active.due.contains(&true) {
+            timeout = Some(Duration::ZERO);
+        }
+        for queue in &active.queues {
+            fds.push((queue.kick(), Interest::Read));
+        }
+        if let Some(extra) = extra {
+            fds.push((extra, Interest::Read));
+        }
+    }
+    let ready = wait_fds(&fds, timeout)?;
+    let Some(active) = active else { return Ok(Ready::default()) };
+    let mut flags = ready.into_iter().skip(1);
+    let kicks: Vec<bool> = flags.by_ref().take(active.queues.len()).collect();
+    for (queue, _) in active.queues.iter().zip(&kicks).filter(|(_, ready)| **ready) {
+        let _ = queue.kick().read();
+    }
+    let extra_ready = flags.next().unwrap_or(false);
+    if let (true, Some(extra)) = (extra_ready, extra) {
+        let _ = extra.read();
+    }
+    Ok(Ready { kicks, extra: extra_ready })
+}
+
+fn serve_due<W: QueueWorker>(work: &mut W, active: &mut Active, hurry: &AtomicBool) -> Result<(), QueueError> {
+    if std::mem::take(&mut active.woken_due) {
+        active.woken_due = work.woken(&mut active.queues, hurry)? == Turn::More;
+    }
+    for at in 0..active.queues.len() {
+        let Some(due) = active.due.get_mut(at).filter(|due| **due) else { continue };
+        *due = work.serve(&mut active.queues, at, hurry)? == Turn::More;
+    }
+    Ok(())
+}
