@@ -1,2 +1,96 @@
-//! vmm
-fn main() {}
+//! `ovms-vmm`: one virtual machine. Started by the engine with a control socket as descriptor 3 and nothing else; what
+//! the machine is made of comes over that socket (see `ovms_proto::control`). The exit status is that of the machine.
+
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::process::exit;
+use std::sync::Arc;
+
+use ovms_config::vm::{VmConfig, VmConfigError, VmSpec};
+use ovms_devices::threads::Spawner;
+use ovms_proto::control::FromVmm;
+use ovms_proto::{Channel, ChannelError};
+use ovms_vmm::boot::Payload;
+use ovms_vmm::control::Owner;
+use ovms_vmm::fds::{FdError, Fds};
+use ovms_vmm::jail::{self, JailError};
+use ovms_vmm::machine::{BuildError, Machine, ThreadStart};
+use ovms_vmm::mailbox::Mailbox;
+use ovms_vmm::memory::{MemoryError, Ram};
+use ovms_vmm::report;
+use ovms_vmm::timeline::Recorder;
+use thiserror::Error;
+
+/// The control socket.
+const CONTROL: RawFd = 3;
+/// Exit status when the machine could not be built: what a shell gives for "cannot run".
+const STATUS_NOT_BUILT: i32 = 126;
+
+/// Why there is no machine.
+#[derive(Debug, Error)]
+enum StartError {
+    #[error("no configuration came over the control socket")]
+    Receive(#[from] ChannelError),
+    #[error("the configuration makes no machine")]
+    Config(#[from] VmConfigError),
+    #[error("the configuration and its descriptors do not fit")]
+    Fd(#[from] FdError),
+    #[error("the machine has no memory")]
+    Memory(#[from] MemoryError),
+    #[error("the walls around the VMM cannot be put up")]
+    Jail(#[from] JailError),
+    #[error("the owner cannot be told anything")]
+    Mailbox(#[source] std::io::Error),
+    #[error("the machine cannot be built")]
+    Build(#[from] BuildError),
+}
+
+fn main() {
+    let timeline = Recorder::start();
+    // SAFETY: the engine passes the socket as descriptor 3 and nothing here has opened one before; if it did not, every
+    // call on the descriptor fails.
+    let channel = Channel::from_fd(unsafe { OwnedFd::from_raw_fd(CONTROL) });
+    match start(&channel, timeline) {
+        Ok((machine, mailbox, timeline)) => {
+            let configured = FromVmm::Configured { timeline: timeline.timeline().clone() };
+            if channel.send(&configured, &[]).is_err() {
+                exit(STATUS_NOT_BUILT);
+            }
+            let reason = Owner::new(channel, mailbox, machine, timeline).run();
+            tracing::info!(?reason, "the machine has ended");
+            exit(i32::try_from(reason.status()).unwrap_or(STATUS_NOT_BUILT));
+        }
+        Err(err) => {
+            let message = report::chain(&err);
+            tracing::error!("{message}");
+            // If the engine is gone, nobody is left to tell.
+            let _ = channel.send(&FromVmm::Failed { message }, &[]);
+            exit(STATUS_NOT_BUILT);
+        }
+    }
+}
+
+/// From the first packet to a machine that only waits to run. The order is that of trust: what needs privileges, the
+/// walls, then what a hostile image or guest can reach.
+fn start(channel: &Channel, mut timeline: Recorder) -> Result<(Machine, Mailbox, Recorder), StartError> {
+    let (config, fds) = channel.recv::<VmConfig>()?;
+    report::start_log(&config.log_level);
+    let spec = VmSpec::new(config, fds.len())?;
+    let mut fds = Fds::new(fds);
+    let config = spec.config();
+    timeline.passed("configuration");
+    let ram = Ram::map(config.memory)?;
+    let netns = fds.take_optional(config.jail.netns)?;
+    timeline.passed("memory");
+    jail::enter(&config.jail, netns)?;
+    timeline.passed("jail");
+    let payload = Payload {
+        kernel: fds.take_file(config.boot.kernel)?,
+        initrd: fds.take_optional(config.boot.initrd)?.map(Into::into),
+        cmdline: config.boot.cmdline.clone(),
+    };
+    let (mail, mailbox) = Mailbox::new().map_err(StartError::Mailbox)?;
+    let threads = ThreadStart { device: Spawner::default(), vcpu: Arc::new(|| {}) };
+    let machine = Machine::build(&spec, &mut fds, ram, mail, &threads, &mut timeline)?;
+    machine.boot(payload, &mut timeline)?;
+    Ok((machine, mailbox, timeline))
+}

@@ -1,0 +1,142 @@
+//! What a guest's processor says about itself: what KVM supports, with this machine's topology in it.
+
+use kvm_bindings::{kvm_cpuid_entry2, CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX};
+
+/// Leaf 1, ECX: TSC-deadline timer.
+const TSC_DEADLINE: u32 = 1 << 24;
+/// Leaf 1, ECX: a hypervisor is there.
+const HYPERVISOR: u32 = 1 << 31;
+/// Leaf 1, EDX: more than one logical processor in the package.
+const HTT: u32 = 1 << 28;
+/// Leaf 6, EAX: the APIC timer runs in every power state.
+const ARAT: u32 = 1 << 2;
+
+/// What does not depend on the processor's number.
+#[derive(Clone, Copy, Debug)]
+pub struct Topology {
+    /// Number of processors, all cores of one package.
+    pub vcpus: u8,
+    /// The local APICs have a TSC-deadline timer.
+    pub tsc_deadline: bool,
+}
+
+impl Topology {
+    /// Bits of an APIC id that number the cores of the package.
+    fn core_bits(self) -> u32 {
+        u32::from(self.vcpus).next_power_of_two().trailing_zeros()
+    }
+}
+
+/// Fits what KVM supports to processor number `index` of the machine.
+pub fn for_vcpu(supported: &CpuId, topology: Topology, index: u8) -> CpuId {
+    let mut cpuid = supported.clone();
+    for entry in cpuid.as_mut_slice() {
+        adapt(entry, topology, index);
+    }
+    cpuid
+}
+
+fn adapt(entry: &mut kvm_cpuid_entry2, topology: Topology, index: u8) {
+    let cores = u32::from(topology.vcpus);
+    let apic_id = u32::from(index);
+    match entry.function {
+        0x1 => {
+            let per_package = 1u32 << topology.core_bits();
+            entry.ebx = (entry.ebx & 0xffff) | (apic_id << 24) | (per_package << 16);
+            entry.ecx |= HYPERVISOR;
+            set(&mut entry.ecx, TSC_DEADLINE, topology.tsc_deadline);
+            set(&mut entry.edx, HTT, cores > 1);
+        }
+        // Deterministic cache parameters (Intel; the same layout on AMD): no sharing below the last level, which all
+        // cores share.
+        0x4 | 0x8000_001d => {
+            if entry.eax & 0x1f != 0 {
+                let level = (entry.eax >> 5) & 0x7;
+                let sharing = if level >= 3 { (1 << topology.core_bits()) - 1 } else { 0 };
+                entry.eax = (entry.eax & !0xffff_c000) | (sharing << 14);
+                if entry.function == 0x4 {
+                    entry.eax |= ((1 << topology.core_bits()) - 1) << 26;
+                }
+            }
+        }
+        0x6 => entry.eax |= ARAT,
+        // No performance counters: what the host has changes under a machine that is restored elsewhere.
+        0xa => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
+        0xb | 0x1f => extended_topology(entry, topology, apic_id),
+        0x8000_0008 => entry.ecx = (entry.ecx & !0xf0ff) | (topology.core_bits() << 12) | (cores - 1),
+        // AMD: extended APIC id, one thread a core, one node.
+        0x8000_001e => (entry.eax, entry.ebx, entry.ecx) = (apic_id, apic_id & 0xff, 0),
+        _ => {}
+    }
+}
+
+/// Leafs 0xb and 0x1f: level 0 numbers threads (one a core), level 1 cores (Intel SDM vol. 2, CPUID).
+fn extended_topology(entry: &mut kvm_cpuid_entry2, topology: Topology, apic_id: u32) {
+    let (kind, shift, count) = match entry.index {
+        0 => (1, 0, 1),
+        1 => (2, topology.core_bits(), u32::from(topology.vcpus)),
+        _ => (0, 0, 0),
+    };
+    entry.flags |= KVM_CPUID_FLAG_SIGNIFCANT_INDEX;
+    entry.eax = shift;
+    entry.ebx = count;
+    entry.ecx = (kind << 8) | (entry.index & 0xff);
+    entry.edx = apic_id;
+}
+
+fn set(register: &mut u32, bit: u32, on: bool) {
+    if on {
+        *register |= bit;
+    } else {
+        *register &= !bit;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn adapted(function: u32, index: u32, eax: u32, vcpus: u8, number: u8) -> kvm_cpuid_entry2 {
+        let entry = kvm_cpuid_entry2 { function, index, eax, ..Default::default() };
+        let supported = CpuId::from_entries(&[entry]).unwrap();
+        for_vcpu(&supported, Topology { vcpus, tsc_deadline: true }, number).as_slice()[0]
+    }
+
+    #[test]
+    fn leaf_1_holds_apic_id_and_timer() {
+        let leaf = adapted(1, 0, 0, 6, 5);
+        assert_eq!(leaf.ebx >> 24, 5);
+        assert_eq!((leaf.ebx >> 16) & 0xff, 8);
+        assert_eq!(leaf.ecx & (TSC_DEADLINE | HYPERVISOR), TSC_DEADLINE | HYPERVISOR);
+        assert_eq!(leaf.edx & HTT, HTT);
+        assert_eq!(adapted(1, 0, 0, 1, 0).edx & HTT, 0);
+    }
+
+    #[test]
+    fn leaf_0xb_has_one_thread_a_core_and_all_cores_in_the_package() {
+        let threads = adapted(0xb, 0, 0, 32, 31);
+        let cores = adapted(0xb, 1, 0, 32, 31);
+        let end = adapted(0xb, 2, 0, 32, 31);
+        assert_eq!((threads.eax, threads.ebx, threads.ecx), (0, 1, 0x100));
+        assert_eq!((cores.eax, cores.ebx, cores.ecx), (5, 32, 0x201));
+        assert_eq!((end.eax, end.ebx, end.ecx), (0, 0, 2));
+        assert_eq!([threads.edx, cores.edx, end.edx], [31; 3]);
+    }
+
+    #[test]
+    fn caches_are_shared_at_the_last_level_only() {
+        let first = adapted(4, 0, 1 | (1 << 5) | (9 << 14), 4, 0);
+        let last = adapted(4, 3, 3 | (3 << 5), 4, 0);
+        assert_eq!((first.eax >> 14) & 0xfff, 0);
+        assert_eq!((last.eax >> 14) & 0xfff, 3);
+        assert_eq!(last.eax >> 26, 3);
+        assert_eq!(adapted(4, 4, 0, 4, 0).eax, 0);
+    }
+
+    #[test]
+    fn amd_leafs_hold_the_core_count() {
+        assert_eq!(adapted(0x8000_0008, 0, 0, 4, 3).ecx, (2 << 12) | 3);
+        let node = adapted(0x8000_001e, 0, 0, 4, 3);
+        assert_eq!((node.eax, node.ebx & 0xff), (3, 3));
+    }
+}

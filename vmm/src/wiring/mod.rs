@@ -1,0 +1,156 @@
+//! The devices of a machine and the buses they are on.
+
+pub mod irq;
+mod legacy;
+
+use std::io;
+use std::sync::Arc;
+use std::time::Instant;
+
+use ovms_devices::bus::{Bus, BusBuilder, BusError};
+use ovms_devices::console::{ByteSink, InputQueue, NullSink, Reader, Writer};
+use ovms_devices::legacy::{Ioapic, Pm, Serial, VmGenId};
+use ovms_devices::machine::EventSink;
+use ovms_devices::threads::Spawner;
+use ovms_config::vm::VmSpec;
+use thiserror::Error;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
+
+use crate::fds::{FdError, Fds};
+use crate::kvm::Vm;
+use crate::layout;
+use crate::memory::Ram;
+
+/// Why the devices cannot be made.
+#[derive(Debug, Error)]
+pub enum WiringError {
+    /// A descriptor is missing.
+    #[error("the configuration and its descriptors do not fit")]
+    Fd(#[from] FdError),
+    /// Two devices at one address.
+    #[error("the devices cannot be put on their bus")]
+    Bus(#[from] BusError),
+    /// The IOAPIC has no room for another wire.
+    #[error("interrupt pin {0} has no room for another device")]
+    Pin(usize),
+    /// No thread, no eventfd.
+    #[error("the {0} cannot be started")]
+    Start(&'static str, #[source] io::Error),
+    /// Guest memory cannot be written.
+    #[error("the VM generation id cannot be written to guest memory")]
+    GenerationId(#[source] GuestMemoryError),
+}
+
+/// What the devices need of the rest of the machine.
+pub struct Environment<'a> {
+    /// The virtual machine.
+    pub vm: &'a Arc<Vm>,
+    /// Its memory.
+    pub ram: &'a Ram,
+    /// What the machine is made of.
+    pub spec: &'a VmSpec,
+    /// Starts device threads.
+    pub spawner: &'a Spawner,
+    /// Is told what the guest does to its machine.
+    pub events: EventSink,
+}
+
+/// All devices of a machine.
+pub struct Devices {
+    /// Devices on I/O ports.
+    pub ports: Bus,
+    /// Devices in the address space.
+    pub mmio: Bus,
+    /// The interrupt controller.
+    pub ioapic: Arc<Ioapic>,
+    /// Power button and S5.
+    pub pm: Arc<Pm>,
+    /// COM1.
+    pub serial: Arc<Serial>,
+    /// COM1's output.
+    pub console: Arc<dyn ByteSink>,
+    /// The VM generation id.
+    pub generation_id: VmGenId,
+    writer: Option<Arc<Writer>>,
+    input: Arc<InputQueue>,
+    _reader: Option<Reader>,
+}
+
+impl Devices {
+    /// Makes every device of the machine and puts it on its bus.
+    ///
+    /// # Errors
+    /// [`WiringError`].
+    pub fn new(environment: &Environment<'_>, fds: &mut Fds) -> Result<Self, WiringError> {
+        let Environment { vm, ram, spec, spawner, events } = environment;
+        let messages = Arc::new(irq::Messages::new(Arc::clone(vm)));
+        let ioapic = Ioapic::new(messages, Some(Arc::new(irq::Routes::new(Arc::clone(vm)))));
+        let ends = &spec.config().console;
+        let writer = fds
+            .take_optional(ends.output)?
+            .map(|fd| Writer::spawn(fd, spawner).map(Arc::new))
+            .transpose()
+            .map_err(|err| WiringError::Start("console's output", err))?;
+        let console: Arc<dyn ByteSink> = match &writer {
+            Some(writer) => Arc::clone(writer) as _,
+            None => Arc::new(NullSink),
+        };
+        let input = Arc::new(InputQueue::new());
+        let reader = fds
+            .take_optional(ends.input)?
+            .map(|fd| Reader::spawn(fd, Arc::clone(&input), spawner))
+            .transpose()
+            .map_err(|err| WiringError::Start("console's input", err))?;
+        let mut ports = BusBuilder::new();
+        let mut mmio = BusBuilder::new();
+        let legacy = legacy::Legacy::insert(&mut ports, &mut mmio, ram, &ioapic, events, &console, &input)?;
+        let generation_id = VmGenId::new(layout::VMGENID_PAGE, random_guid());
+        ram.memory()
+            .write_slice(&generation_id.guid(), GuestAddress(generation_id.address()))
+            .map_err(WiringError::GenerationId)?;
+        Ok(Self {
+            ports: ports.build(),
+            mmio: mmio.build(),
+            ioapic,
+            pm: legacy.pm,
+            serial: legacy.serial,
+            console,
+            generation_id,
+            writer,
+            input,
+            _reader: reader,
+        })
+    }
+
+    /// Stops what devices do by themselves: the processors stand already.
+    pub fn pause(&self) {
+        self.input.hold();
+    }
+
+    /// Ends a [`Devices::pause`].
+    pub fn resume(&self) {
+        self.input.release();
+    }
+
+    /// The guest is gone: writes out what it has left behind, at the latest until `deadline`.
+    pub fn finish(&self, deadline: Instant) {
+        if let Some(writer) = &self.writer {
+            let lost = writer.flush_and_close(deadline);
+            if lost > 0 {
+                tracing::warn!(lost, "bytes of console output were not written");
+            }
+        }
+    }
+}
+
+/// 16 random bytes as RFC 4122 version 4.
+fn random_guid() -> [u8; 16] {
+    let mut guid = [0u8; 16];
+    // SAFETY: `guid` has room for the bytes asked for. 16 bytes come whole or not at all once the pool is seeded
+    // (getrandom(2)); a host that is that young gives zeroes, which are a valid identifier too.
+    unsafe { libc::getrandom(guid.as_mut_ptr().cast(), guid.len(), libc::GRND_NONBLOCK) };
+    let [.., g6, _, g8, _, _, _, _, _, _, _] = &mut guid;
+    *g6 = (*g6 & 0x0f) | 0x40;
+    *g8 = (*g8 & 0x3f) | 0x80;
+    guid
+}

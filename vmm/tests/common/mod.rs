@@ -1,0 +1,280 @@
+//! Starts the real `ovms-vmm` as the engine would: control socket as descriptor 3, own namespaces, everything else by
+//! packet.
+#![allow(dead_code, reason = "each test file uses its part")]
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Child, Command as Process, Stdio};
+use std::time::{Duration, Instant};
+
+use ovms_config::vm::{BootConfig, ConsoleConfig, DiskConfig, JailConfig, TopConfig, VmConfig, VM_CONFIG_VERSION};
+use ovms_proto::control::{Answer, Command, Event, ExitReason, FromVmm, Request, Status, Timeline};
+use ovms_proto::{Channel, ChannelError};
+
+/// How long anything in a test may take.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The bare-metal guest `name` (make guests).
+pub fn guest(name: &str) -> File {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(format!("../target/guests/{name}.elf"));
+    File::open(&path).unwrap_or_else(|err| panic!("{}: {err}: run `make guests`", path.display()))
+}
+
+/// A machine to be started.
+pub struct Setup {
+    pub config: VmConfig,
+    pub fds: Vec<OwnedFd>,
+}
+
+impl Setup {
+    /// One vCPU, 64 MiB, no disk, a console.
+    pub fn new(kernel: File) -> Self {
+        let kvm = File::options().read(true).write(true).open("/dev/kvm").expect("/dev/kvm");
+        let config = VmConfig {
+            version: VM_CONFIG_VERSION,
+            id: "test".into(),
+            vcpus: 1,
+            memory: 64 << 20,
+            kvm: 0,
+            boot: BootConfig { kernel: 1, initrd: None, cmdline: String::new() },
+            disks: Vec::new(),
+            console: ConsoleConfig::default(),
+            jail: JailConfig {
+                uid: 64_000,
+                gid: 64_000,
+                netns: None,
+                hostname: "test".into(),
+                max_file_size: 1 << 40,
+                max_open_files: 512,
+            },
+            log_level: "debug".into(),
+        };
+        Self { config, fds: vec![kvm.into(), kernel.into()] }
+    }
+
+    pub fn args(mut self, cmdline: &str) -> Self {
+        self.config.boot.cmdline = cmdline.into();
+        self
+    }
+
+    pub fn vcpus(mut self, vcpus: u32) -> Self {
+        self.config.vcpus = vcpus;
+        self
+    }
+
+    pub fn memory(mut self, bytes: u64) -> Self {
+        self.config.memory = bytes;
+        self
+    }
+
+    pub fn fd(&mut self, fd: impl Into<OwnedFd>) -> u32 {
+        self.fds.push(fd.into());
+        self.fds.len() as u32 - 1
+    }
+
+    pub fn initrd(mut self, file: File) -> Self {
+        self.config.boot.initrd = Some(self.fd(file));
+        self
+    }
+
+    /// A disk without layers: table, top's data and top's map.
+    pub fn disk(mut self, table: File, data: File, map: File) -> Self {
+        let (table, data, map) = (self.fd(table), self.fd(data), self.fd(map));
+        let top = TopConfig { data, map };
+        self.config.disks.push(DiskConfig { table, layers: vec![], top, read_only: false, serial: "disk".into() });
+        self
+    }
+
+    /// Starts the VMM and waits until it has built the machine.
+    pub fn start(self) -> Vmm {
+        let mut vmm = self.spawn();
+        match vmm.next() {
+            FromVmm::Configured { timeline } => vmm.timeline = timeline,
+            other => panic!("not configured: {other:?}"),
+        }
+        vmm
+    }
+
+    /// Starts the VMM and gives the reason for which it refuses.
+    pub fn refused(self) -> String {
+        let mut vmm = self.spawn();
+        let FromVmm::Failed { message } = vmm.next() else { panic!("the machine was built") };
+        assert_eq!(vmm.child.wait().unwrap().code(), Some(126));
+        message
+    }
+
+    fn spawn(mut self) -> Vmm {
+        let (console_out, vmm_out) = pipe();
+        let (vmm_in, console_in) = pipe();
+        self.config.console.output = Some(self.fd(vmm_out));
+        self.config.console.input = Some(self.fd(vmm_in));
+        let (ours, theirs) = Channel::pair().unwrap();
+        let begin = Instant::now();
+        let child = spawn_process(theirs);
+        let fds: Vec<_> = self.fds.iter().map(AsFd::as_fd).collect();
+        ours.send(&self.config, &fds).unwrap();
+        drop(self.fds);
+        Vmm {
+            child,
+            channel: Some(ours),
+            input: Some(console_in),
+            output: console_out,
+            said: String::new(),
+            timeline: Timeline::default(),
+            events: Vec::new(),
+            next_id: 0,
+            begin,
+        }
+    }
+}
+
+fn spawn_process(control: Channel) -> Child {
+    let control = OwnedFd::from(control);
+    let mut process = Process::new(env!("CARGO_BIN_EXE_ovms-vmm"));
+    process.stdin(Stdio::null()).stdout(Stdio::null()).env_clear();
+    let raw = control.as_raw_fd();
+    // SAFETY: the closure makes system calls only.
+    unsafe {
+        process.pre_exec(move || {
+            let namespaces = libc::CLONE_NEWNS | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS | libc::CLONE_NEWNET;
+            let done = if raw == 3 { libc::fcntl(3, libc::F_SETFD, 0) } else { libc::dup2(raw, 3) };
+            if done < 0 || libc::unshare(namespaces) < 0 {
+                return Err(std::io::Error::last_os_error());
+            }
+            Ok(())
+        });
+    }
+    process.spawn().expect("ovms-vmm")
+}
+
+fn pipe() -> (File, File) {
+    let (read, write) = std::io::pipe().unwrap();
+    (OwnedFd::from(read).into(), OwnedFd::from(write).into())
+}
+
+/// A running VMM.
+pub struct Vmm {
+    pub child: Child,
+    channel: Option<Channel>,
+    input: Option<File>,
+    output: File,
+    said: String,
+    pub timeline: Timeline,
+    events: Vec<Event>,
+    next_id: u64,
+    pub begin: Instant,
+}
+
+impl Vmm {
+    fn next(&mut self) -> FromVmm {
+        self.channel.as_ref().unwrap().recv().expect("a message from the VMM").0
+    }
+
+    /// Sends a command and waits for its answer; events that come meanwhile are kept.
+    pub fn try_command(&mut self, command: Command) -> Result<Answer, String> {
+        self.next_id += 1;
+        let request = Request { id: self.next_id, command };
+        self.channel.as_ref().unwrap().send(&request, &[]).unwrap();
+        loop {
+            match self.next() {
+                FromVmm::Reply { id, result } if id == self.next_id => return result,
+                FromVmm::Event(event) => self.events.push(event),
+                other => panic!("unexpected {other:?}"),
+            }
+        }
+    }
+
+    pub fn command(&mut self, command: Command) {
+        assert_eq!(self.try_command(command.clone()), Ok(Answer::Done), "{command:?}");
+    }
+
+    pub fn status(&mut self) -> Status {
+        match self.try_command(Command::Status) {
+            Ok(Answer::Status(status)) => status,
+            other => panic!("no status: {other:?}"),
+        }
+    }
+
+    /// Types `text` on the console.
+    pub fn type_text(&mut self, text: &str) {
+        self.input.as_mut().unwrap().write_all(text.as_bytes()).unwrap();
+    }
+
+    /// Reads console output until it holds `text`; gives everything said so far.
+    pub fn expect(&mut self, text: &str) -> String {
+        let begin = Instant::now();
+        let mut buffer = [0u8; 4096];
+        while !self.said.contains(text) {
+            assert!(begin.elapsed() < PATIENCE, "no {text:?} in {:?}", self.said);
+            let mut poll = libc::pollfd { fd: self.output.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+            // SAFETY: one pollfd for as long as the call lasts.
+            if unsafe { libc::poll(&mut poll, 1, 1000) } == 0 {
+                continue;
+            }
+            let count = self.output.read(&mut buffer).unwrap();
+            assert!(count > 0, "the console ended before {text:?}: {:?}", self.said);
+            self.said.push_str(&String::from_utf8_lossy(&buffer[..count]));
+        }
+        self.said.clone()
+    }
+
+    /// What has been said since the last call, without waiting.
+    pub fn drain(&mut self) -> String {
+        let mut buffer = [0u8; 65536];
+        loop {
+            let mut poll = libc::pollfd { fd: self.output.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+            // SAFETY: one pollfd for as long as the call lasts.
+            if unsafe { libc::poll(&mut poll, 1, 0) } == 0 {
+                return std::mem::take(&mut self.said);
+            }
+            let count = self.output.read(&mut buffer).unwrap();
+            self.said.push_str(&String::from_utf8_lossy(&buffer[..count]));
+        }
+    }
+
+    /// Lets the engine's end of the control socket go.
+    pub fn hang_up(&mut self) {
+        self.channel = None;
+    }
+
+    /// Waits for the end: why, what the console said in all, the exit status.
+    pub fn end(mut self) -> (ExitReason, String, i32) {
+        let reason = loop {
+            let at = self.events.iter().position(|event| matches!(event, Event::Exited(_)));
+            if let Some(Event::Exited(reason)) = at.map(|at| self.events.remove(at)) {
+                break reason;
+            }
+            match self.next() {
+                FromVmm::Event(event) => self.events.push(event),
+                other => panic!("unexpected {other:?}"),
+            }
+        };
+        let mut rest = String::new();
+        self.output.read_to_string(&mut rest).unwrap();
+        self.said.push_str(&rest);
+        assert!(matches!(self.channel.as_ref().unwrap().recv::<FromVmm>(), Err(ChannelError::Closed)));
+        let status = self.child.wait().unwrap().code().unwrap();
+        (reason, self.said.clone(), status)
+    }
+
+    pub fn events(&self) -> &[Event] {
+        &self.events
+    }
+}
+
+impl Drop for Vmm {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Starts `setup`, runs it to its end.
+pub fn run(setup: Setup) -> (ExitReason, String, i32) {
+    let mut vmm = setup.start();
+    vmm.command(Command::Run);
+    vmm.end()
+}
