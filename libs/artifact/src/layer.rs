@@ -24,8 +24,6 @@ use crate::media::{self, Compression};
 
 /// Largest zstd window that is allocated: 2^27 bytes, the limit of the zstd command line without `--long`.
 const ZSTD_WINDOW_LOG: u32 = 27;
-/// A ratio is judged once this many bytes came out: small blobs of zeros compress beyond any sane ratio.
-const RATIO_GRACE: u64 = 1 << 30;
 
 /// Why a layer is refused.
 #[derive(Debug, thiserror::Error)]
@@ -119,14 +117,16 @@ impl Encoding {
 pub struct Limits {
     /// Most bytes of a disk file.
     pub disk: u64,
-    /// Most bytes out for each byte in, judged from the first GiB on.
+    /// Most bytes out for each byte in.
     pub ratio: u64,
+    /// The ratio is judged once this many bytes came out: small blobs of zeros compress beyond any sane ratio.
+    pub ratio_from: u64,
 }
 
 impl Default for Limits {
-    /// 2 TiB, and a ratio that gzip cannot reach and zstd reaches with nothing but zeros.
+    /// 2 TiB, and from the first GiB on a ratio that gzip cannot reach and zstd reaches with nothing but zeros.
     fn default() -> Self {
-        Self { disk: 2 << 40, ratio: 10_000 }
+        Self { disk: 2 << 40, ratio: 10_000, ratio_from: 1 << 30 }
     }
 }
 
@@ -196,7 +196,7 @@ pub fn read<R: Read>(
             Box::new(decoder)
         }
     };
-    let summary = read_decoded(Capped { inner: decoded, taken: &taken, given: 0, ratio }, encoding, limits, visit)?;
+    let summary = read_decoded(Capped { inner: decoded, taken: &taken, given: 0, from: limits.ratio_from, ratio }, encoding, limits, visit)?;
     // A decoder may stop before its input does; a verifying reader judges at the very end.
     io::copy(&mut reader, &mut io::sink()).map_err(LayerError::Io)?;
     Ok(summary)
@@ -401,6 +401,7 @@ struct Capped<'a> {
     inner: Box<dyn Read + 'a>,
     taken: &'a Cell<u64>,
     given: u64,
+    from: u64,
     ratio: u64,
 }
 
@@ -408,7 +409,7 @@ impl Read for Capped<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let n = self.inner.read(buffer)?;
         self.given = self.given.saturating_add(n as u64);
-        if self.given > RATIO_GRACE && self.given > self.taken.get().saturating_mul(self.ratio) {
+        if self.given > self.from && self.given > self.taken.get().saturating_mul(self.ratio) {
             return Err(io::Error::other(CapError::Ratio(self.ratio)));
         }
         Ok(n)

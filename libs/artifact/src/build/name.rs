@@ -37,7 +37,8 @@ impl ImageName {
             Some(_) => ("docker.io", path.to_owned()),
             None => ("docker.io", format!("library/{path}")),
         };
-        let host_ok = host.bytes().all(|b| b.is_ascii_alphanumeric() || b".:-[]".contains(&b));
+        let begins = host.starts_with(|c: char| c.is_ascii_alphanumeric() || c == '[');
+        let host_ok = begins && host.bytes().all(|b| b.is_ascii_alphanumeric() || b".:-[]".contains(&b));
         if !host_ok || !repository.split('/').all(is_component) || repository.len() > 255 {
             return Err(refused("a name has lower-case letters and digits, with \".\", \"_\", \"-\" and \"/\" between"));
         }
