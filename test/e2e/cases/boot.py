@@ -173,7 +173,7 @@ def cpu_quota_sets_the_vcpus(bed: Bed) -> None:
 def image_defaults_set_vcpus_and_memory(bed: Bed) -> None:
     """What `ovm build --vcpus --memory` wrote into the image is used when nobody says otherwise."""
     layout = bed.dir / "sized"
-    bed.guests.build("memory", layout, name="sized", flags=("--vcpus", "1", "--memory", "320"))
+    bed.guests.build("memory", layout, name="sized", flags=("--vcpus", "1", "--memory", "320M"))
 
     _check_memory(bed, bed.vm(bed.import_for_ovms(layout), "vm", "--rm").out, 320)
 

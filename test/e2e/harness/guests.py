@@ -142,6 +142,7 @@ class Guests:
         parts = self.parts(behaviour)
         parts = Parts(parts.kernel, parts.initrd, parts.disks, f"{parts.args} {extra_args}".strip())
         process.run(
-            [program("ovm"), "build", *parts.flags(), "--name", name or behaviour, "--version", "1", *flags, "-o", out],
+            [program("ovm"), "build", *parts.flags(), "--name", name or behaviour, "--version", "1",
+             "--tag", f"localhost/{name or behaviour}:1", *flags, "-o", out],
             timeout=300,
         )
