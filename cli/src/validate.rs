@@ -93,7 +93,9 @@ fn print_image(path: &Path, image: &Loaded, checked: usize) {
     }
     match &image.descriptor {
         Some(digest) => println!("  descriptor  {digest}"),
-        None => println!("  descriptor  none: the manifest is a blob of its own, containerd's API resolves it at start"),
+        None => {
+            println!("  descriptor  none: the manifest is a blob of its own, containerd's API resolves it at start")
+        }
     }
     println!("  {checked} blobs have the digests, diff_ids and structure they should");
 }

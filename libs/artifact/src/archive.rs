@@ -248,7 +248,8 @@ pub(crate) fn is_header(block: &[u8]) -> bool {
 fn checksum_holds(header: &tar::Header) -> bool {
     let bytes = header.as_bytes();
     // The checksum's own eight bytes (148 to 155) count as spaces.
-    let sum: u32 = bytes.iter().enumerate().map(|(i, b)| if (148..156).contains(&i) { 32 } else { u32::from(*b) }).sum();
+    let sum: u32 =
+        bytes.iter().enumerate().map(|(i, b)| if (148..156).contains(&i) { 32 } else { u32::from(*b) }).sum();
     header.cksum().is_ok_and(|stated| stated == sum)
 }
 

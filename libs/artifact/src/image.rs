@@ -214,8 +214,8 @@ impl Parts {
     /// [`ImageError`] for a pure artifact, another platform, wrong counts, digests or layer annotations.
     pub fn new(manifest: &oci::ImageManifest, config: &[u8]) -> Result<Self, ImageError> {
         check_config_type(manifest)?;
-        let config: oci::ImageConfiguration = serde_json::from_slice(config)
-            .map_err(|source| ImageError::Document { what: "image config", source })?;
+        let config: oci::ImageConfiguration =
+            serde_json::from_slice(config).map_err(|source| ImageError::Document { what: "image config", source })?;
         let (os, arch) = (config.os().to_string(), config.architecture().to_string());
         if os != "linux" || arch != "amd64" {
             return Err(ImageError::Platform { os, arch });

@@ -24,6 +24,8 @@ use crate::media::{self, Compression};
 
 /// Largest zstd window that is allocated: 2^27 bytes, the limit of the zstd command line without `--long`.
 const ZSTD_WINDOW_LOG: u32 = 27;
+/// A ratio is judged once this many bytes came out: small blobs of zeros compress beyond any sane ratio.
+const RATIO_FROM: u64 = 1 << 30;
 
 /// Why a layer is refused.
 #[derive(Debug, thiserror::Error)]
@@ -101,8 +103,7 @@ impl Encoding {
     /// [`LayerError::MediaType`] and [`LayerError::Format`].
     pub fn identify(media_type: &str, format: Option<&str>) -> Result<Self, LayerError> {
         let cut = |text: &str| text.chars().take(100).collect::<String>();
-        let compression =
-            media::layer_compression(media_type).ok_or_else(|| LayerError::MediaType(cut(media_type)))?;
+        let compression = media::layer_compression(media_type).ok_or_else(|| LayerError::MediaType(cut(media_type)))?;
         let annotated = match format.map(|name| (name, DiskFormat::from_name(name))) {
             None => None,
             Some((_, Some(format @ (DiskFormat::Qcow2 | DiskFormat::Raw)))) => Some(format),
@@ -117,16 +118,14 @@ impl Encoding {
 pub struct Limits {
     /// Most bytes of a disk file.
     pub disk: u64,
-    /// Most bytes out for each byte in.
+    /// Most bytes out for each byte in, judged from the first GiB on.
     pub ratio: u64,
-    /// The ratio is judged once this many bytes came out: small blobs of zeros compress beyond any sane ratio.
-    pub ratio_from: u64,
 }
 
 impl Default for Limits {
-    /// 2 TiB, and from the first GiB on a ratio that gzip cannot reach and zstd reaches with nothing but zeros.
+    /// 2 TiB, and a ratio that gzip cannot reach and zstd reaches with nothing but zeros.
     fn default() -> Self {
-        Self { disk: 2 << 40, ratio: 10_000, ratio_from: 1 << 30 }
+        Self { disk: 2 << 40, ratio: 10_000 }
     }
 }
 
@@ -179,9 +178,19 @@ pub struct LayerSummary {
 /// # Errors
 /// Every [`LayerError`] but [`LayerError::MediaType`] and [`LayerError::Format`].
 pub fn read<R: Read>(
+    reader: R,
+    encoding: Encoding,
+    limits: &Limits,
+    visit: &mut dyn FnMut(DiskFile<'_>) -> VisitResult,
+) -> Result<LayerSummary, LayerError> {
+    read_judging(reader, encoding, limits, RATIO_FROM, visit)
+}
+
+fn read_judging<R: Read>(
     mut reader: R,
     encoding: Encoding,
     limits: &Limits,
+    ratio_from: u64,
     visit: &mut dyn FnMut(DiskFile<'_>) -> VisitResult,
 ) -> Result<LayerSummary, LayerError> {
     let taken = Cell::new(0);
@@ -196,7 +205,12 @@ pub fn read<R: Read>(
             Box::new(decoder)
         }
     };
-    let summary = read_decoded(Capped { inner: decoded, taken: &taken, given: 0, from: limits.ratio_from, ratio }, encoding, limits, visit)?;
+    let summary = read_decoded(
+        Capped { inner: decoded, taken: &taken, given: 0, from: ratio_from, ratio },
+        encoding,
+        limits,
+        visit,
+    )?;
     // A decoder may stop before its input does; a verifying reader judges at the very end.
     io::copy(&mut reader, &mut io::sink()).map_err(LayerError::Io)?;
     Ok(summary)
@@ -295,11 +309,7 @@ struct TarWalk<R> {
 }
 
 impl<R: Read> TarWalk<R> {
-    fn run(
-        &mut self,
-        limits: &Limits,
-        visit: &mut dyn FnMut(DiskFile<'_>) -> VisitResult,
-    ) -> Result<(), LayerError> {
+    fn run(&mut self, limits: &Limits, visit: &mut dyn FnMut(DiskFile<'_>) -> VisitResult) -> Result<(), LayerError> {
         while let Some(member) = self.walker.next().map_err(archive_error)? {
             let format = match member.path.as_str() {
                 "" | media::MEMBER_DIR if member.kind == MemberKind::Folder => continue,

@@ -161,7 +161,8 @@ impl Recipe {
         let initrd = manifest.initrd.as_ref().map(|i| file("initrd.ref", &i.reference)).transpose()?;
         let ram_snapshot = manifest.ram_snapshot.as_ref().map(|r| file("ramSnapshot.ref", &r.reference)).transpose()?;
         let disks = manifest.disk_layers.iter().enumerate();
-        let disks = disks.map(|(i, d)| file(&format!("diskLayers[{i}].ref"), &d.reference)).collect::<Result<_, _>>()?;
+        let disks =
+            disks.map(|(i, d)| file(&format!("diskLayers[{i}].ref"), &d.reference)).collect::<Result<_, _>>()?;
         Ok(Self { manifest, kernel, initrd, disks, ram_snapshot })
     }
 
@@ -233,7 +234,12 @@ impl Writer<'_> {
     }
 
     /// Writes a blob and lists it in the image manifest.
-    fn list(&mut self, source: &dyn Source, media_type: &str, format: Option<DiskFormat>) -> Result<Digest, BuildError> {
+    fn list(
+        &mut self,
+        source: &dyn Source,
+        media_type: &str,
+        format: Option<DiskFormat>,
+    ) -> Result<Digest, BuildError> {
         let (digest, size) = self.put(source)?;
         let mut descriptor = json!({ "mediaType": media_type, "digest": digest, "size": size });
         if let (Some(format), Some(object)) = (format, descriptor.as_object_mut()) {
@@ -364,9 +370,7 @@ fn plain(path: &Path) -> Result<Plain, BuildError> {
 
 /// The file a `ref` names. A name that could be a registry's is a file if there is one.
 fn file_of(field: &str, reference: &Ref, base: &Path) -> Result<PathBuf, BuildError> {
-    let refused = |what| {
-        Err(BuildError::NotAFile { field: field.to_owned(), reference: reference.to_string(), what })
-    };
+    let refused = |what| Err(BuildError::NotAFile { field: field.to_owned(), reference: reference.to_string(), what });
     match (reference, reference.path_below(base)) {
         (Ref::File(_), Some(path)) => Ok(path),
         (Ref::Registry(_), Some(path)) if path.exists() => Ok(path),

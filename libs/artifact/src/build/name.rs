@@ -40,7 +40,9 @@ impl ImageName {
         let begins = host.starts_with(|c: char| c.is_ascii_alphanumeric() || c == '[');
         let host_ok = begins && host.bytes().all(|b| b.is_ascii_alphanumeric() || b".:-[]".contains(&b));
         if !host_ok || !repository.split('/').all(is_component) || repository.len() > 255 {
-            return Err(refused("a name has lower-case letters and digits, with \".\", \"_\", \"-\" and \"/\" between"));
+            return Err(refused(
+                "a name has lower-case letters and digits, with \".\", \"_\", \"-\" and \"/\" between",
+            ));
         }
         Ok(Self { full: format!("{host}/{repository}:{tag}"), tag: tag.to_owned() })
     }

@@ -249,7 +249,10 @@ fn unusable_files_are_refused_by_name() {
 #[test]
 fn wrong_manifest_names_its_file_and_field() {
     let error = Files::new().refused(|m| m["schemaVersion"] = 2.into());
-    assert!(error.contains("manifest.json is refused: the manifest is not valid: schemaVersion: 2 is unknown"), "{error}");
+    assert!(
+        error.contains("manifest.json is refused: the manifest is not valid: schemaVersion: 2 is unknown"),
+        "{error}"
+    );
 }
 
 #[test]

@@ -29,7 +29,12 @@ fn manifest(kernel: &str, disks: &[&str]) -> Manifest {
     manifest.kernel = Some(Kernel { reference: Ref::parse(kernel), args: None, extra: Default::default() });
     for disk in disks {
         let reference = Ref::parse(disk);
-        manifest.disk_layers.push(DiskLayer { reference, format: DiskFormat::Raw, size: None, extra: Default::default() });
+        manifest.disk_layers.push(DiskLayer {
+            reference,
+            format: DiskFormat::Raw,
+            size: None,
+            extra: Default::default(),
+        });
     }
     manifest
 }

@@ -24,7 +24,10 @@ fn encoding(compression: Compression, annotated: Option<DiskFormat>) -> Encoding
 
 const PLAIN: Encoding = Encoding { compression: Compression::None, annotated: None };
 
-fn read_all(bytes: &[u8], encoding: Encoding) -> Result<(LayerSummary, Option<(DiskFormat, Vec<u8>)>), LayerError> {
+/// A summary, and the disk as its visitor saw it.
+type Seen = (LayerSummary, Option<(DiskFormat, Vec<u8>)>);
+
+fn read_all(bytes: &[u8], encoding: Encoding) -> Result<Seen, LayerError> {
     let mut disk = None;
     let summary = read(bytes, encoding, &Limits::default(), &mut |file| {
         let mut content = Vec::new();
@@ -170,10 +173,11 @@ fn disk_beyond_the_limit_is_refused_before_it_is_read() {
 fn a_decompression_bomb_is_stopped_at_its_ratio() {
     let bomb = zstd::encode_all(std::io::repeat(0).take(64 << 20), 1).unwrap();
     let mut bytes = 0u64;
-    let error = read(
+    let error = read_judging(
         bomb.as_slice(),
         encoding(Compression::Zstd, Some(DiskFormat::Raw)),
-        &Limits { ratio: 1000, ratio_from: 1 << 20, ..Limits::default() },
+        &Limits { ratio: 1000, ..Limits::default() },
+        1 << 20,
         &mut |file| {
             bytes = std::io::copy(file.reader, &mut std::io::sink())?;
             Ok(())

@@ -84,13 +84,7 @@ impl Layout {
         Ok((image, config, parts))
     }
 
-    fn finish(
-        &self,
-        image: Blob,
-        config: Blob,
-        parts: Parts,
-        found: Option<Found>,
-    ) -> Result<Loaded, LayoutError> {
+    fn finish(&self, image: Blob, config: Blob, parts: Parts, found: Option<Found>) -> Result<Loaded, LayoutError> {
         let Found { manifest, descriptor } = match found {
             Some(found) => found,
             None => Found { manifest: self.manifest_blob(&parts)?, descriptor: None },

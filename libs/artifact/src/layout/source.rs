@@ -86,10 +86,11 @@ impl Files {
             Self::Dir(dir) => dir.join(name),
             Self::Tar { path, .. } => path.join(name),
         };
-        reader
-            .take(MAX_DOCUMENT.saturating_add(1))
-            .read_to_end(&mut bytes)
-            .map_err(|source| LayoutError::Io { path, verb: "read", source })?;
+        reader.take(MAX_DOCUMENT.saturating_add(1)).read_to_end(&mut bytes).map_err(|source| LayoutError::Io {
+            path,
+            verb: "read",
+            source,
+        })?;
         let size = bytes.len() as u64;
         match size > MAX_DOCUMENT {
             true => Err(LayoutError::TooLarge { what: name.to_owned(), size }),

@@ -198,7 +198,9 @@ fn wrong_diff_id_is_found() {
     let config = hand.json(media::OCI_CONFIG, &config);
     let image = hand.json(media::OCI_MANIFEST, &json!({ "schemaVersion": 2, "config": config, "layers": [disk] }));
     let layout = hand.index(json!([image])).open().unwrap();
-    assert!(matches!(layout.verify(None, &mut |_| ()), Err(LayoutError::DiffId { expected, .. }) if expected == diff_id));
+    assert!(
+        matches!(layout.verify(None, &mut |_| ()), Err(LayoutError::DiffId { expected, .. }) if expected == diff_id)
+    );
 }
 
 #[test]

@@ -128,7 +128,8 @@ impl Sink for DirSink {
     }
 
     fn finish(self: Box<Self>, entries: Vec<oci::Descriptor>) -> Result<(), LayoutError> {
-        let mut all: Vec<oci::Descriptor> = self.entries.iter().filter(|old| !replaced(old, &entries)).cloned().collect();
+        let mut all: Vec<oci::Descriptor> =
+            self.entries.iter().filter(|old| !replaced(old, &entries)).cloned().collect();
         all.extend(entries);
         self.write("oci-layout", &layout_marker()?)?;
         self.write("index.json", &index_bytes(all)?)
@@ -272,8 +273,7 @@ fn layout_marker() -> Result<Vec<u8>, LayoutError> {
 
 fn index_bytes(entries: Vec<oci::Descriptor>) -> Result<Vec<u8>, LayoutError> {
     let index = json!({ "schemaVersion": 2, "mediaType": media::OCI_INDEX, "manifests": entries });
-    let bytes =
-        crate::json::to_bytes(&index).map_err(|e| LayoutError::Document("index.json".to_owned(), e))?;
+    let bytes = crate::json::to_bytes(&index).map_err(|e| LayoutError::Document("index.json".to_owned(), e))?;
     let size = bytes.len() as u64;
     match size > MAX_DOCUMENT {
         true => Err(LayoutError::TooLarge { what: "index.json".to_owned(), size }),

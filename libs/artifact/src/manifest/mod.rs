@@ -315,8 +315,8 @@ impl Manifest {
             let field = if field == "." { "the manifest".to_owned() } else { field };
             ManifestError::Syntax { field, source }
         };
-        let manifest = serde_path_to_error::deserialize(&mut json)
-            .map_err(|e| syntax(e.path().to_string(), e.into_inner()))?;
+        let manifest =
+            serde_path_to_error::deserialize(&mut json).map_err(|e| syntax(e.path().to_string(), e.into_inner()))?;
         json.end().map_err(|e| syntax(".".to_owned(), e))?;
         Ok(manifest)
     }

@@ -70,7 +70,8 @@ fn written_manifest_has_the_same_values_as_the_one_read() {
 #[test]
 fn unknown_fields_are_kept_at_every_level() {
     let mut json = example();
-    for pointer in ["", "/kernel", "/diskLayers/0", "/ramSnapshot", "/devices/0", "/metadata/platform", "/runtimeHints"] {
+    for pointer in ["", "/kernel", "/diskLayers/0", "/ramSnapshot", "/devices/0", "/metadata/platform", "/runtimeHints"]
+    {
         json.pointer_mut(pointer).unwrap()["vendor.extension"] = Value::from(7);
     }
     let manifest = Manifest::from_slice(json.to_string().as_bytes()).unwrap();
