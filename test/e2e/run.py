@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from e2e import cases
-from e2e.harness import places, report, runner
+from e2e.harness import places, process, report, runner
 
 
 def main() -> int:
@@ -32,6 +32,7 @@ def main() -> int:
     parser.add_argument("--inside", action="store_true", help="this already is the nested host")
     options = parser.parse_args()
 
+    process.heed_sigterm()
     cases.load()
     if options.list:
         for name in runner.names():

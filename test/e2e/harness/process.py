@@ -146,6 +146,11 @@ def become_subreaper() -> None:
     threading.Thread(target=_reap_orphans, daemon=True).start()
 
 
+def heed_sigterm() -> None:
+    """Makes SIGTERM do what an interrupt does, so that it cleans up as well."""
+    signal.signal(signal.SIGTERM, lambda _number, _frame: os.kill(os.getpid(), signal.SIGINT))
+
+
 def _reap_orphans() -> None:
     """Does for orphans what PID 1 does elsewhere: collects them as soon as they end."""
     children = Path(f"/proc/self/task/{os.getpid()}/children")

@@ -105,7 +105,8 @@ def _run_here(wanted: list[Case], place: str) -> Iterator[Outcome]:
 
 def _run_case(case: Case, place: str, where: str, release: str, guests: Guests) -> Outcome:
     began = time.monotonic()
-    bed = Bed(release, guests, PATIENCE[place], SCRATCH[place])
+    with _uninterrupted():
+        bed = Bed(release, guests, PATIENCE[place], SCRATCH[place])
     result, reasons = "passed", []
     try:
         with _time_limit(case.seconds * SLOWNESS[place]):
@@ -117,15 +118,17 @@ def _run_case(case: Case, place: str, where: str, release: str, guests: Guests) 
     except _TimedOut:
         result, reasons = "failed", [f"not done after {case.seconds * SLOWNESS[place]:.0f} s, at {_place_in(sys.exc_info()[2])}"]
     except KeyboardInterrupt:
-        bed.close()
+        with _uninterrupted():
+            bed.close()
         raise
     # A case that breaks must not take the cases after it along.
     except Exception as error:
         result, reasons = "failed", [f"{type(error).__name__} at {_place_in(error.__traceback__)}: {error}"]
     seconds = time.monotonic() - began
-    if result == "failed":
-        bed.save_logs(report.DIRECTORY / "logs" / f"{where.replace('/', '-')}-{case.name}")
-    wrong = bed.close()
+    with _uninterrupted():
+        if result == "failed":
+            bed.save_logs(report.DIRECTORY / "logs" / f"{where.replace('/', '-')}-{case.name}")
+        wrong = bed.close()
     if wrong:
         result, reasons = "failed", [*reasons, *wrong]
     return Outcome(case.name, where, result, round(seconds, 2), "; ".join(reasons))
@@ -134,6 +137,24 @@ def _run_case(case: Case, place: str, where: str, release: str, guests: Guests) 
 def _place_in(trace: object) -> str:
     frames = [frame for frame in traceback.extract_tb(trace) if "/cases/" in frame.filename]  # type: ignore[arg-type]
     return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "the harness"
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Puts off an interrupt to the end of the block, however often it is sent."""
+    seen = False
+
+    def remember(_number: int, _frame: FrameType | None) -> None:
+        nonlocal seen
+        seen = True
+
+    before = signal.signal(signal.SIGINT, remember)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if seen:
+        raise KeyboardInterrupt
 
 
 @contextmanager
