@@ -3,11 +3,178 @@
 mod common;
 
 use common::{guest, run, Setup};
-use ovms_proto::control::ExitReason;
+use ovms_proto::control::{Command, Event, ExitReason, MachineState};
 
 #[test]
 #[ignore = "needs /dev/kvm"]
 fn hello_prints_its_line_and_powers_off() {
     let (reason, said, status) = run(Setup::new(guest("hello")));
     assert_eq!((reason, said.as_str(), status), (ExitReason::PowerOff, "hello from the guest\n", 0));
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn command_line_reaches_a_pvh_guest_and_a_64_bit_guest() {
+    for name in ["hello", "hello64"] {
+        let (reason, said, _) = run(Setup::new(guest(name)).args("one two=3"));
+        assert_eq!((reason, said.as_str()), (ExitReason::PowerOff, "hello from the guest\nargs: one two=3\n"), "{name}");
+    }
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn typed_text_comes_back_from_echo() {
+    let mut vmm = Setup::new(guest("echo")).start();
+    vmm.type_text("typed before it runs ");
+    vmm.command(Command::Run);
+    vmm.expect("typed before it runs ");
+    vmm.type_text(&"0123456789".repeat(100));
+    vmm.type_text("!q");
+    let (reason, said, _) = vmm.end();
+    assert_eq!(reason, ExitReason::PowerOff);
+    assert_eq!(said, format!("echo ready\ntyped before it runs {}!bye\n", "0123456789".repeat(100)));
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn resets_end_the_machine_with_status_0() {
+    for args in ["", "by=1"] {
+        let (reason, said, status) = run(Setup::new(guest("reboot")).args(args));
+        assert_eq!((reason, said.as_str(), status), (ExitReason::Reset, "reset\n", 0), "{args}");
+    }
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn guest_panic_ends_the_machine_with_status_134() {
+    let (reason, said, status) = run(Setup::new(guest("panic")));
+    assert_eq!((reason, said.as_str(), status), (ExitReason::Panic, "panic\n", 134));
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn triple_fault_ends_the_machine_with_status_139() {
+    let (reason, said, status) = run(Setup::new(guest("triple")));
+    assert_eq!((reason, said.as_str(), status), (ExitReason::TripleFault, "triple fault\n", 139));
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn power_button_reaches_the_guest() {
+    let mut vmm = Setup::new(guest("spin")).start();
+    vmm.command(Command::Run);
+    vmm.expect("tick 1\n");
+    vmm.command(Command::PowerButton);
+    let (reason, said, status) = vmm.end();
+    assert_eq!((reason, status), (ExitReason::PowerOff, 0));
+    assert!(said.ends_with("power button\n"), "{said}");
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn pause_stops_the_guest_and_resume_lets_it_go_on() {
+    let mut vmm = Setup::new(guest("spin")).start();
+    assert_eq!(vmm.status().state, MachineState::Configured);
+    assert!(vmm.try_command(Command::Resume).unwrap_err().contains("not been started"));
+    vmm.command(Command::Run);
+    assert!(vmm.try_command(Command::Run).unwrap_err().contains("started before"));
+    vmm.expect("tick 2\n");
+    for _ in 0..20 {
+        vmm.command(Command::Pause);
+        let exits = vmm.status().exits;
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        vmm.drain();
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        assert_eq!(vmm.drain(), "", "a paused guest says nothing");
+        assert_eq!((vmm.status().exits, vmm.status().state), (exits, MachineState::Paused));
+        vmm.command(Command::Resume);
+        vmm.expect("tick");
+    }
+    vmm.command(Command::PowerButton);
+    assert_eq!(vmm.end().0, ExitReason::PowerOff);
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn kill_ends_a_spinning_guest_with_status_137() {
+    let mut vmm = Setup::new(guest("spin")).args("quiet=1").start();
+    vmm.command(Command::Run);
+    vmm.expect("tick 0\n");
+    vmm.command(Command::Kill);
+    let (reason, _, status) = vmm.end();
+    assert_eq!((reason, status), (ExitReason::Killed, 137));
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn end_of_the_control_socket_ends_the_machine() {
+    let mut vmm = Setup::new(guest("spin")).args("quiet=1").start();
+    vmm.command(Command::Run);
+    vmm.expect("tick 0\n");
+    vmm.hang_up();
+    assert_eq!(vmm.child.wait().unwrap().code(), Some(137));
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn first_exit_is_reported_before_the_end() {
+    let mut vmm = Setup::new(guest("echo")).start();
+    vmm.command(Command::Run);
+    vmm.expect("echo ready\n");
+    vmm.status();
+    assert!(matches!(vmm.events(), [Event::FirstExit { .. }]), "{:?}", vmm.events());
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn processors_come_up_by_init_and_sipi() {
+    for cpus in [1, 2, 4] {
+        let (reason, said, _) = run(Setup::new(guest("smp")).vcpus(cpus).args(&format!("cpus={cpus}")));
+        assert_eq!((reason, said), (ExitReason::PowerOff, format!("cpus {cpus}\n")));
+    }
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn four_processors_pause_and_end_together() {
+    let mut vmm = Setup::new(guest("spin")).vcpus(4).start();
+    vmm.command(Command::Run);
+    vmm.expect("tick 1\n");
+    vmm.command(Command::Pause);
+    vmm.command(Command::Pause);
+    vmm.command(Command::Resume);
+    vmm.command(Command::PowerButton);
+    assert_eq!(vmm.end().0, ExitReason::PowerOff);
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn memory_of_every_size_can_be_touched_to_its_top() {
+    for (size, top) in [(32 << 20, "0x2000000"), (3 << 30, "0xc0000000"), (4 << 30, "0x140000000")] {
+        let (reason, said, _) = run(Setup::new(guest("memtop")).memory(size));
+        let hole = (0x10_0000 - 0x9_fc00) as u64;
+        assert_eq!(reason, ExitReason::PowerOff);
+        assert!(said.ends_with(&format!("ram {} top {top}\n", size - hole)), "{said}");
+        assert!(!said.contains("does not hold"), "{said}");
+    }
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn console_that_nobody_reads_stops_the_guest_but_not_its_owner() {
+    let mut vmm = Setup::new(guest("spin")).args("period=1").start();
+    vmm.command(Command::Run);
+    let mut before = vmm.status().exits;
+    loop {
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        let now = vmm.status().exits;
+        if now == before {
+            break;
+        }
+        before = now;
+    }
+    vmm.command(Command::Pause);
+    vmm.command(Command::Resume);
+    vmm.command(Command::Kill);
+    assert_eq!(vmm.end().2, 137);
 }

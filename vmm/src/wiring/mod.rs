@@ -2,6 +2,7 @@
 
 pub mod irq;
 mod legacy;
+mod pci;
 
 use std::io;
 use std::sync::Arc;
@@ -10,8 +11,11 @@ use std::time::Instant;
 use ovms_devices::bus::{Bus, BusBuilder, BusError};
 use ovms_devices::console::{ByteSink, InputQueue, NullSink, Reader, Writer};
 use ovms_devices::legacy::{Ioapic, Pm, Serial, VmGenId};
+use ovms_devices::irq::MsiSink;
 use ovms_devices::machine::EventSink;
+use ovms_devices::pci::PciError;
 use ovms_devices::threads::Spawner;
+use ovms_devices::virtio::pci::TransportError;
 use ovms_config::vm::VmSpec;
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
@@ -33,6 +37,15 @@ pub enum WiringError {
     /// The IOAPIC has no room for another wire.
     #[error("interrupt pin {0} has no room for another device")]
     Pin(usize),
+    /// A slot is taken, or there are too many functions.
+    #[error("the devices cannot be put on the PCI bus")]
+    Pci(#[from] PciError),
+    /// A virtio device has no place.
+    #[error("a virtio device cannot be put on the PCI bus")]
+    Transport(#[from] TransportError),
+    /// A register block is not aligned.
+    #[error("the registers of {0} have no place")]
+    Bar(&'static str),
     /// No thread, no eventfd.
     #[error("the {0} cannot be started")]
     Start(&'static str, #[source] io::Error),
@@ -83,8 +96,8 @@ impl Devices {
     /// [`WiringError`].
     pub fn new(environment: &Environment<'_>, fds: &mut Fds) -> Result<Self, WiringError> {
         let Environment { vm, ram, spec, spawner, events } = environment;
-        let messages = Arc::new(irq::Messages::new(Arc::clone(vm)));
-        let ioapic = Ioapic::new(messages, Some(Arc::new(irq::Routes::new(Arc::clone(vm)))));
+        let messages: Arc<dyn MsiSink> = Arc::new(irq::Messages::new(Arc::clone(vm)));
+        let ioapic = Ioapic::new(Arc::clone(&messages), Some(Arc::new(irq::Routes::new(Arc::clone(vm)))));
         let ends = &spec.config().console;
         let writer = fds
             .take_optional(ends.output)?
@@ -104,6 +117,8 @@ impl Devices {
         let mut ports = BusBuilder::new();
         let mut mmio = BusBuilder::new();
         let legacy = legacy::Legacy::insert(&mut ports, &mut mmio, ram, &ioapic, events, &console, &input)?;
+        let pci = pci::PciBuilder::new(vm, ram, messages, events)?;
+        pci.insert(&mut ports, &mut mmio)?;
         let generation_id = VmGenId::new(layout::VMGENID_PAGE, random_guid());
         ram.memory()
             .write_slice(&generation_id.guid(), GuestAddress(generation_id.address()))
