@@ -1,0 +1,181 @@
+//! The way to containerd: its content, containers and images services.
+//!
+//! Blobs are read and written through the Content API, never by path: the store may be another plugin's. Every call
+//! names the namespace; a lease that came with a request goes along with what the request makes, or garbage collection
+//! would take it at once.
+
+use std::io::{self, Read};
+use std::path::Path;
+use std::time::Duration;
+
+use prost::bytes::{Buf, Bytes};
+use tokio::sync::mpsc;
+use tonic::metadata::{Ascii, MetadataMap, MetadataValue};
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Request, Status};
+
+use crate::error::{Context, Error, Kind, Result};
+use crate::proto::containers::containers_client::ContainersClient;
+use crate::proto::containers::{Container, GetContainerRequest};
+use crate::proto::content::content_client::ContentClient;
+use crate::proto::content::{InfoRequest, ReadContentRequest};
+use crate::proto::images::images_client::ImagesClient;
+use crate::proto::images::{GetImageRequest, Image};
+
+/// gRPC metadata that carries the namespace.
+const NAMESPACE: &str = "containerd-namespace";
+/// gRPC metadata that carries the lease.
+const LEASE: &str = "containerd-lease";
+/// The longest message that containerd sends or takes, in bytes.
+pub const MAX_MESSAGE: usize = 16 << 20;
+/// Messages that may wait between the network and the thread that reads them.
+const QUEUE: usize = 4;
+
+/// Whose behalf a call to containerd is on.
+#[derive(Clone, Debug, Default)]
+pub struct Scope {
+    namespace: Option<MetadataValue<Ascii>>,
+    lease: Option<MetadataValue<Ascii>>,
+}
+
+impl Scope {
+    /// What a request to us says.
+    pub fn of(metadata: &MetadataMap) -> Self {
+        Self { namespace: metadata.get(NAMESPACE).cloned(), lease: metadata.get(LEASE).cloned() }
+    }
+
+    /// A namespace by name.
+    pub fn namespace(name: &str) -> Result<Self> {
+        let namespace = name.parse().context_kind(Kind::Invalid, || format!("{name:?} is no namespace"))?;
+        Ok(Self { namespace: Some(namespace), lease: None })
+    }
+
+    fn request<T>(&self, message: T) -> Request<T> {
+        let mut request = Request::new(message);
+        for (key, value) in [(NAMESPACE, &self.namespace), (LEASE, &self.lease)] {
+            if let Some(value) = value {
+                request.metadata_mut().insert(key, value.clone());
+            }
+        }
+        request
+    }
+}
+
+/// containerd's API; connections are made when they are first used and again after containerd has restarted.
+#[derive(Clone, Debug)]
+pub struct Containerd {
+    channel: Channel,
+}
+
+impl Containerd {
+    /// A client of the socket at `path`.
+    pub fn new(path: &Path) -> Result<Self> {
+        let endpoint = Endpoint::from_shared(format!("unix://{}", path.display()))
+            .context_kind(Kind::Invalid, || format!("{} is no socket's path", path.display()))?
+            .connect_timeout(Duration::from_secs(10));
+        Ok(Self { channel: endpoint.connect_lazy() })
+    }
+
+    fn content(&self) -> ContentClient<Channel> {
+        ContentClient::new(self.channel.clone())
+            .max_decoding_message_size(MAX_MESSAGE)
+            .max_encoding_message_size(MAX_MESSAGE)
+    }
+
+    /// The size of a blob in bytes.
+    pub async fn blob_size(&self, scope: &Scope, digest: &str) -> Result<u64> {
+        let request = scope.request(InfoRequest { digest: digest.into() });
+        let answer = self.content().info(request).await.map_err(|status| blob_error(digest, status))?;
+        let size = answer.into_inner().info.map(|info| info.size);
+        size.and_then(|size| u64::try_from(size).ok())
+            .ok_or_else(|| Error::internal(format!("containerd does not say the size of blob {digest}")))
+    }
+
+    /// Opens a blob for a blocking reader.
+    pub async fn read_blob(&self, scope: &Scope, digest: &str) -> Result<BlobReader> {
+        let request = scope.request(ReadContentRequest { digest: digest.into(), offset: 0, size: 0 });
+        let answer = self.content().read(request).await.map_err(|status| blob_error(digest, status))?;
+        let mut stream = answer.into_inner();
+        let (to, from) = mpsc::channel(QUEUE);
+        tokio::spawn(async move {
+            loop {
+                let message = match stream.message().await {
+                    Ok(Some(message)) => Ok(message.data),
+                    Ok(None) => return,
+                    Err(status) => Err(status),
+                };
+                let last = message.is_err();
+                if to.send(message).await.is_err() || last {
+                    return;
+                }
+            }
+        });
+        Ok(BlobReader { from, data: Bytes::new() })
+    }
+
+    /// Reads a small blob whole.
+    pub async fn read_small(&self, scope: &Scope, digest: &str, most: u64) -> Result<Vec<u8>> {
+        let size = self.blob_size(scope, digest).await?;
+        if size > most {
+            return Err(Error::invalid(format!("blob {digest} has {size} bytes where at most {most} make sense")));
+        }
+        let reader = self.read_blob(scope, digest).await?;
+        let read = tokio::task::spawn_blocking(move || {
+            let mut bytes = Vec::new();
+            reader.take(most.saturating_add(1)).read_to_end(&mut bytes).map(|_| bytes)
+        });
+        read.await.context(|| "a worker thread failed")?.context(|| format!("cannot read blob {digest}"))
+    }
+
+    /// The record of a container.
+    pub async fn container(&self, scope: &Scope, id: &str) -> Result<Container> {
+        let mut client = ContainersClient::new(self.channel.clone());
+        let answer = client.get(scope.request(GetContainerRequest { id: id.into() })).await;
+        let answer = answer.map_err(|status| status_error(format!("container {id} cannot be looked up"), status))?;
+        answer.into_inner().container.ok_or_else(|| Error::not_found(format!("container {id} does not exist")))
+    }
+
+    /// The record of an image.
+    pub async fn image(&self, scope: &Scope, name: &str) -> Result<Image> {
+        let mut client = ImagesClient::new(self.channel.clone());
+        let answer = client.get(scope.request(GetImageRequest { name: name.into() })).await;
+        let answer = answer.map_err(|status| status_error(format!("image {name} cannot be looked up"), status))?;
+        answer.into_inner().image.ok_or_else(|| Error::not_found(format!("image {name} does not exist")))
+    }
+}
+
+fn blob_error(digest: &str, status: Status) -> Error {
+    status_error(format!("blob {digest} cannot be read from containerd's content store"), status)
+}
+
+fn status_error(message: String, status: Status) -> Error {
+    let kind = match status.code() {
+        Code::NotFound => Kind::NotFound,
+        Code::Unavailable => Kind::Unavailable,
+        Code::FailedPrecondition => Kind::Precondition,
+        _ => Kind::Internal,
+    };
+    Error::new(kind, message).because(status)
+}
+
+/// A blob on its way from containerd, for a thread that may block.
+#[derive(Debug)]
+pub struct BlobReader {
+    from: mpsc::Receiver<std::result::Result<Bytes, Status>>,
+    data: Bytes,
+}
+
+impl Read for BlobReader {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        while self.data.is_empty() {
+            match self.from.blocking_recv() {
+                Some(Ok(data)) => self.data = data,
+                Some(Err(status)) => return Err(io::Error::other(status)),
+                None => return Ok(0),
+            }
+        }
+        let len = buf.len().min(self.data.len());
+        self.data.copy_to_slice(&mut buf[..len]);
+        Ok(len)
+    }
+}
