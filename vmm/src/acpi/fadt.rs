@@ -18,6 +18,7 @@ pub(super) fn build(dsdt: u64, facs: u64) -> Vec<u8> {
         .flag(Flags::Wbinvd)
         .flag(Flags::ProcC1)
         .flag(Flags::SlpButton)
+        .flag(Flags::FixRtc)
         .flag(Flags::TmrValExt)
         .flag(Flags::ResetRegSup)
         .gpe_info(u32::from(port(pm::GPE0)), 0, pm::GPE0.1, 0, 0);
