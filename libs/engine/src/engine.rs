@@ -1,11 +1,29 @@
 //! The engine: makes machines, and cleans up after those whose engine died.
 
-use ovms_config::Settings;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
 
+use ovms_config::Settings;
+use ovms_proto::control::ExitReason;
+use ovms_proto::Channel;
+
+use crate::cgroup::{self, Bounds, Cgroup};
 use crate::error::{Error, Kind, Result};
-use crate::machine::{ExitInfo, Machine};
-use crate::record::Record;
+use crate::launch::Packet;
+use crate::log::{self, LogPipe};
+use crate::machine::{limit_sends, with_overhead, ExitInfo, Machine, State, DEATH};
+use crate::monitor;
+use crate::process::{self, find_vmm, Cradle, Process, Report};
+use crate::record::{self, check_name, Claim, Record, Slot};
+use crate::shared::{micros, Inner, Parts, Remains, SPAWNED};
 use crate::spec::CreateSpec;
+use crate::uid::{self, UidLease};
+
+/// How long a VMM may take to build a machine. On real hardware it takes milliseconds; an emulated host and a kernel
+/// and initial RAM disk that are read from a cold disk need more.
+const CONFIGURE: Duration = Duration::from_secs(60);
 
 /// Makes machines. Cheap to clone; holds no lock and no thread of its own.
 #[derive(Clone, Debug)]
@@ -25,18 +43,81 @@ impl Engine {
     ///
     /// # Errors
     /// Every kind; nothing is left behind.
-    pub fn create(&self, spec: CreateSpec) -> Result<Machine> {
-        let _ = (&self.settings, spec);
-        Err(Error::new(Kind::Unavailable, "not built yet"))
+    pub fn create(&self, mut spec: CreateSpec) -> Result<Machine> {
+        let began = Instant::now();
+        check_name("the machine's id", &spec.id)?;
+        check_name("the namespace", &spec.namespace)?;
+        let cgroup_path = match &spec.cgroups_path {
+            Some(path) if !path.is_empty() => cgroup::parse_path(path)?,
+            _ => PathBuf::from(format!("ovms/{}-{}", spec.namespace, spec.id)),
+        };
+        let vmm = find_vmm(&self.settings)?;
+        let slot = SlotGuard(Some(self.claim(&spec)?));
+        let mut packet = Packet::open(&mut spec, &self.settings)?;
+        let mut timeline = vec![("files".to_owned(), micros(began.elapsed()))];
+        let uid = UidLease::take(&self.settings.paths.runtime, &self.settings.jail)?;
+        (packet.config.jail.uid, packet.config.jail.gid) = (uid.uid(), uid.uid());
+        let bounds = bounds(&spec, &packet, self.settings.vm.overhead);
+        let cgroup = CgroupGuard(Some(Cgroup::create(&cgroup_path, &bounds)?));
+        timeline.push(("cgroup".to_owned(), micros(began.elapsed())));
+        let mut record = new_record(&spec, &packet, &cgroup, &uid);
+        slot.get()?.write(&record)?;
+        let born = spawn(&vmm, &spec, cgroup.get()?)?;
+        timeline.push((SPAWNED.to_owned(), micros(began.elapsed())));
+        record.process = Some(born.process.id());
+        let mut parts = Parts {
+            process: born.process,
+            channel: born.channel,
+            memory: packet.size.memory,
+            overhead: self.settings.vm.overhead,
+            began,
+            timeline,
+            stderr: spec.stdio.stderr.take(),
+            cgroup: cgroup.take()?,
+            remains: Remains { slot: slot.take()?, record, uid },
+        };
+        parts
+            .remains
+            .uid
+            .assign(parts.process.id())
+            .and_then(|()| parts.remains.slot.write(&parts.remains.record))
+            .inspect_err(|_| abandon(&parts))?;
+        let oom = parts.cgroup.watch_oom();
+        let inner = Arc::new(Inner::new(parts));
+        if let Err(err) = monitor::start(Arc::clone(&inner), oom, born.log) {
+            inner.fault("the machine's thread cannot be started");
+            inner.process.reap();
+            cgroup::remove(&inner.cgroup.dirs());
+            inner.release()?;
+            return Err(err);
+        }
+        let machine = Machine::new(Arc::clone(&inner));
+        match build(&inner, packet, born.report, &vmm, spec.oom_score_adj) {
+            Ok(()) => Ok(machine),
+            Err(err) => {
+                machine
+                    .destroy()
+                    .inspect_err(|err| tracing::error!(err = err.chain(), "a failed machine is not removed"))?;
+                Err(err)
+            }
+        }
     }
 
     /// Reads a machine's record, whoever made the machine.
     ///
     /// # Errors
-    /// `NotFound`, `Internal`.
+    /// `NotFound`, `InvalidArgument` for a name that none can have, `Internal`.
     pub fn load(&self, namespace: &str, id: &str) -> Result<Record> {
-        let _ = (namespace, id);
-        Err(Error::new(Kind::Unavailable, "not built yet"))
+        check_name("the machine's id", id)?;
+        check_name("the namespace", namespace)?;
+        let record = record::read(&self.settings.paths.runtime, namespace, id)?;
+        record.ok_or_else(|| Error::new(Kind::NotFound, format!("there is no machine {namespace}/{id}")))
+    }
+
+    /// Every machine's record, whoever made it.
+    #[must_use]
+    pub fn list(&self) -> Vec<Record> {
+        record::all(&self.settings.paths.runtime)
     }
 
     /// Ends and removes a machine from its record alone, for when its own engine is gone (`shim delete`): kills the VMM
@@ -44,9 +125,200 @@ impl Engine {
     /// there is no such machine.
     ///
     /// # Errors
-    /// `Internal`.
+    /// `InvalidArgument` for a name that none can have, `Internal`.
     pub fn cleanup(&self, namespace: &str, id: &str) -> Result<Option<ExitInfo>> {
-        let _ = (namespace, id);
-        Err(Error::new(Kind::Unavailable, "not built yet"))
+        check_name("the machine's id", id)?;
+        check_name("the namespace", namespace)?;
+        let runtime = &self.settings.paths.runtime;
+        let Some(record) = record::read(runtime, namespace, id)? else {
+            record::remove(runtime, namespace, id)?;
+            return Ok(None);
+        };
+        if let Some(process) = record.process {
+            process::kill_recorded(process, DEATH)
+                .map_err(Error::io(format!("the VMM of machine {namespace}/{id} cannot be killed")))?;
+        }
+        cgroup::remove(&record.cgroup);
+        if let Some(uid) = record.uid {
+            uid::reclaim(runtime, uid).map_err(Error::io(format!("the lease of user id {uid} cannot be removed")))?;
+        }
+        record::remove(runtime, namespace, id)?;
+        tracing::info!(namespace, id, "a machine without an engine was removed");
+        let killed = || {
+            let reason = ExitReason::Killed;
+            ExitInfo { status: reason.status(), at: SystemTime::now(), reason, oom_killed: false }
+        };
+        Ok(Some(record.exit.unwrap_or_else(killed)))
     }
+
+    /// Takes the machine's name, cleaning up after an engine that died with it.
+    fn claim(&self, spec: &CreateSpec) -> Result<Slot> {
+        for _ in 0..2 {
+            match Slot::claim(&self.settings.paths.runtime, &spec.namespace, &spec.id)? {
+                Claim::Ours(slot) => return Ok(slot),
+                Claim::Taken => break,
+                Claim::Stale => self.cleanup(&spec.namespace, &spec.id).map(drop)?,
+            }
+        }
+        Err(Error::new(Kind::AlreadyExists, format!("there is a machine {}/{} already", spec.namespace, spec.id)))
+    }
+}
+
+/// A VMM that was just spawned.
+struct Born {
+    process: Process,
+    channel: Channel,
+    log: LogPipe,
+    report: Report,
+}
+
+fn spawn(vmm: &Path, spec: &CreateSpec, cgroup: &Cgroup) -> Result<Born> {
+    let internal = |message: &str| Error::new(Kind::Internal, message);
+    let (channel, theirs) = Channel::pair().map_err(|err| internal("a control socket cannot be made").because(err))?;
+    limit_sends(&channel)?;
+    let (log, log_end) = log::pipe(&spec.id).map_err(Error::io("a pipe for the VMM's log cannot be made"))?;
+    let birthplace = cgroup.birthplace()?;
+    let (process, report) = Process::spawn(Cradle {
+        program: vmm,
+        id: &spec.id,
+        control: theirs.into(),
+        log: log_end,
+        joins_netns: spec.netns.is_some(),
+        cgroup: birthplace.as_ref().map(AsFd::as_fd),
+    })?;
+    Ok(Born { process, channel, log, report })
+}
+
+/// Hands the machine's configuration over, and does what is left to do beside the VMM's own work.
+fn build(inner: &Inner, packet: Packet, report: Report, vmm: &Path, oom_score_adj: Option<i32>) -> Result<()> {
+    let sent = inner.channel.send(&packet.config, &packet.fds());
+    // The VMM has its own copies now: the lock on the disk and the ends of the console live and die with them.
+    drop(packet);
+    inner.step("configuration sent");
+    report.read(vmm)?;
+    inner.cgroup.join(inner.process.id().pid)?;
+    inner.step("in its cgroup");
+    if let Some(adjustment) = oom_score_adj {
+        adjust_oom_score(inner, adjustment);
+    }
+    let built = inner.wait_for(CONFIGURE, |shared| {
+        let failure =
+            || shared.failed.clone().or_else(|| shared.exit.as_ref().map(|exit| format!("{:?}", exit.reason)));
+        match shared.configured {
+            true => Some(Ok(())),
+            false => failure().map(Err),
+        }
+    });
+    match built {
+        Some(Ok(())) => (),
+        Some(Err(message)) => {
+            return Err(Error::new(Kind::FailedPrecondition, "the VMM cannot build the machine").because(message))
+        }
+        None => {
+            let message = format!("the VMM did not build the machine within {} s and was killed", CONFIGURE.as_secs());
+            inner.fault(&message);
+            return Err(Error::new(Kind::Unavailable, message));
+        }
+    }
+    sent.map_err(|err| Error::new(Kind::Internal, "the machine's configuration cannot be sent").because(err))?;
+    inner.step("configured");
+    inner.change(|shared| {
+        if shared.state == State::Creating {
+            shared.state = State::Created;
+        }
+    });
+    inner.save();
+    Ok(())
+}
+
+/// Lowering the score needs CAP_SYS_RESOURCE, which even root may lack; the score then stays.
+fn adjust_oom_score(inner: &Inner, adjustment: i32) {
+    let path = format!("/proc/{}/oom_score_adj", inner.process.id().pid);
+    if let Err(err) = std::fs::write(&path, adjustment.to_string()) {
+        tracing::warn!(id = inner.id, adjustment, %err, "the VMM's oom_score_adj stays as it was");
+    }
+}
+
+fn bounds(spec: &CreateSpec, packet: &Packet, overhead: u64) -> Bounds {
+    Bounds {
+        limits: spec.limits.clone(),
+        memory: Some(packet.size.cgroup_memory),
+        memory_and_swap: spec.limits.memory_swap.map(|limit| with_overhead(limit, overhead)),
+    }
+}
+
+fn new_record(spec: &CreateSpec, packet: &Packet, cgroup: &CgroupGuard, uid: &UidLease) -> Record {
+    Record {
+        id: spec.id.clone(),
+        namespace: spec.namespace.clone(),
+        state: State::Creating,
+        created: SystemTime::now(),
+        process: None,
+        cgroup: cgroup.0.as_ref().map(Cgroup::dirs).unwrap_or_default(),
+        uid: Some(uid.uid()),
+        tops: packet.tops.clone(),
+        vcpus: packet.size.vcpus,
+        memory: packet.size.memory,
+        timeline: Vec::new(),
+        exit: None,
+    }
+}
+
+/// Ends a VMM that has no monitor yet, and removes what it has.
+fn abandon(parts: &Parts) {
+    if let Err(err) = parts.process.kill() {
+        tracing::error!(%err, "a VMM cannot be killed");
+        return;
+    }
+    parts.process.reap();
+    cgroup::remove(&parts.cgroup.dirs());
+    if let Err(err) = parts.remains.slot.remove() {
+        tracing::error!(err = err.chain(), "a failed machine's directory is not removed");
+    }
+}
+
+/// Gives a name back unless it was taken out.
+struct SlotGuard(Option<Slot>);
+
+impl SlotGuard {
+    fn get(&self) -> Result<&Slot> {
+        self.0.as_ref().ok_or_else(taken)
+    }
+
+    fn take(mut self) -> Result<Slot> {
+        self.0.take().ok_or_else(taken)
+    }
+}
+
+impl Drop for SlotGuard {
+    fn drop(&mut self) {
+        if let Some(Err(err)) = self.0.as_ref().map(Slot::remove) {
+            tracing::error!(err = err.chain(), "a failed machine's directory is not removed");
+        }
+    }
+}
+
+/// Removes a cgroup unless it was taken out.
+struct CgroupGuard(Option<Cgroup>);
+
+impl CgroupGuard {
+    fn get(&self) -> Result<&Cgroup> {
+        self.0.as_ref().ok_or_else(taken)
+    }
+
+    fn take(mut self) -> Result<Cgroup> {
+        self.0.take().ok_or_else(taken)
+    }
+}
+
+impl Drop for CgroupGuard {
+    fn drop(&mut self) {
+        if let Some(cgroup) = &self.0 {
+            cgroup::remove(&cgroup.dirs());
+        }
+    }
+}
+
+fn taken() -> Error {
+    Error::new(Kind::Internal, "a part of the machine was handed on twice")
 }

@@ -12,13 +12,22 @@
 //! VMM is a child of the calling process and is reaped here by its pidfd: a caller must not `waitpid(-1)`.
 #![deny(unsafe_code)]
 
+mod cgroup;
 mod engine;
 mod error;
+mod launch;
+mod log;
 mod machine;
+mod monitor;
+mod process;
 mod record;
+mod shared;
 pub mod sizing;
 mod spec;
 mod stats;
+#[allow(unsafe_code, reason = "clone3, pidfds")]
+mod sys;
+mod uid;
 
 pub use engine::Engine;
 pub use error::{Error, Kind, Result};
@@ -26,5 +35,5 @@ pub use machine::{ExitInfo, Machine, MachineEvent, MachineStatus, State};
 pub use ovms_proto::control::{ExitReason, Status as VmmStatus};
 pub use record::{ProcessId, Record};
 pub use sizing::Wishes;
-pub use spec::{BootFiles, CreateSpec, DiskFiles, Limits, Stdio};
+pub use spec::{CreateSpec, Limits, Stdio};
 pub use stats::{CgroupVersion, CpuStats, IoStats, MemoryStats, PidStats, Stats};

@@ -1,13 +1,32 @@
-//! A machine: handle, states, events.
+//! A machine: its handle, and what a caller can ask of it. What the VMM and the kernel say about it arrives in
+//! [`crate::monitor`].
 
-use std::time::{Duration, SystemTime};
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
 
-use ovms_proto::control::{ExitReason, Status as VmmStatus};
+use nix::sys::socket::{setsockopt, sockopt::SendTimeout};
+use nix::sys::time::TimeVal;
+use ovms_config::vm::MEMORY_STEP;
+use ovms_proto::control::{Answer, Command, ExitReason, Request, Status as VmmStatus};
+use ovms_proto::{Channel, ChannelError};
 use serde::{Deserialize, Serialize};
 
+use crate::cgroup::{self, Bounds};
 use crate::error::{Error, Kind, Result};
+use crate::shared::{Inner, Shared};
+use crate::sizing::cgroup_memory;
 use crate::spec::Limits;
 use crate::stats::Stats;
+
+/// How long a VMM may take to answer a request. Stopping 32 vCPUs takes milliseconds; on an emulated host seconds.
+const ANSWER: Duration = Duration::from_secs(20);
+/// How long the kernel may take to end a killed VMM and give its memory back.
+pub(crate) const DEATH: Duration = Duration::from_secs(30);
+/// How long a guest may take to give memory to its balloon before a lower limit is refused.
+const BALLOON: Duration = Duration::from_secs(10);
+/// The most requests that may wait for answers at once.
+const MAX_PENDING: usize = 64;
 
 /// The states of a machine as the engine knows them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -75,99 +94,304 @@ pub struct MachineStatus {
 /// A handle to a machine; clones are handles to the same one. Every method may be called from any thread; those that
 /// wait for the VMM give up after a bounded time, and a VMM that does not answer is killed.
 #[derive(Clone, Debug)]
-pub struct Machine {}
+pub struct Machine {
+    inner: Arc<Inner>,
+}
 
-#[allow(unused_variables, missing_docs, clippy::unused_self, clippy::missing_errors_doc)]
 impl Machine {
+    pub(crate) fn new(inner: Arc<Inner>) -> Self {
+        Self { inner }
+    }
+
     /// The machine's name.
+    #[must_use]
     pub fn id(&self) -> &str {
-        ""
+        &self.inner.id
     }
 
     /// Its namespace.
+    #[must_use]
     pub fn namespace(&self) -> &str {
-        ""
+        &self.inner.namespace
     }
 
     /// Process id of the VMM.
+    #[must_use]
     pub fn pid(&self) -> u32 {
-        0
+        self.inner.process.id().pid
     }
 
     /// Lets the vCPUs go for the first time.
+    ///
+    /// # Errors
+    /// `FailedPrecondition` if it was started before, `NotFound` if it is gone, `Unavailable` if the VMM hangs,
+    /// `Internal` if it refuses.
     pub fn start(&self) -> Result<()> {
-        Err(Error::new(Kind::Unavailable, "not built yet"))
+        self.inner.step("start");
+        match self.inner.shared().state {
+            State::Creating | State::Created => (),
+            State::Stopped => return Err(gone(&self.inner)),
+            State::Running | State::Paused => return Err(wrong_state(&self.inner, "has been started before")),
+        }
+        self.request(Command::Run)?;
+        self.inner.save();
+        Ok(())
     }
 
     /// Stops the vCPUs; returns when the last one stands still. No change if they already do.
+    ///
+    /// # Errors
+    /// As [`Machine::start`]; `FailedPrecondition` if it was never started.
     pub fn pause(&self) -> Result<()> {
-        Err(Error::new(Kind::Unavailable, "not built yet"))
+        self.started()?;
+        self.request(Command::Pause)?;
+        self.inner.save();
+        Ok(())
     }
 
     /// Lets the vCPUs go on. No change if they run.
+    ///
+    /// # Errors
+    /// As [`Machine::pause`].
     pub fn resume(&self) -> Result<()> {
-        Err(Error::new(Kind::Unavailable, "not built yet"))
+        self.started()?;
+        self.request(Command::Resume)?;
+        self.inner.save();
+        Ok(())
     }
 
-    /// Presses the ACPI power button (SIGTERM and SIGINT of a container).
+    /// Presses the ACPI power button (SIGTERM and SIGINT of a container). A machine that was never started is killed.
+    ///
+    /// # Errors
+    /// `NotFound` if it is gone, `Unavailable` if the VMM hangs.
     pub fn power_button(&self) -> Result<()> {
-        Err(Error::new(Kind::Unavailable, "not built yet"))
+        match self.inner.shared().state {
+            State::Creating | State::Created => self.kill(),
+            _ => self.request(Command::PowerButton).map(drop),
+        }
     }
 
-    /// Ends the VMM by SIGKILL. `FailedPrecondition` never; `NotFound` if the machine is gone already.
+    /// Ends the VMM by SIGKILL; does not wait for the end.
+    ///
+    /// # Errors
+    /// `NotFound` if it is gone already.
     pub fn kill(&self) -> Result<()> {
-        Err(Error::new(Kind::Unavailable, "not built yet"))
+        if self.inner.shared().exit.is_some() {
+            return Err(gone(&self.inner));
+        }
+        self.inner.process.kill().map_err(Error::io("the VMM cannot be killed"))
     }
 
-    /// Waits for the end; any number of threads may wait, before and after it. Async callers use [`Machine::subscribe`].
+    /// Waits for the end; any number of threads may wait, before and after it.
+    #[must_use]
     pub fn wait(&self) -> ExitInfo {
-        ExitInfo { status: 0, at: SystemTime::now(), reason: ExitReason::PowerOff, oom_killed: false }
+        let mut shared = self.inner.shared();
+        loop {
+            if let Some(exit) = &shared.exit {
+                return exit.clone();
+            }
+            shared = self.inner.changed(shared);
+        }
     }
 
     /// As [`Machine::wait`], but gives up after `timeout`.
+    #[must_use]
     pub fn wait_timeout(&self, timeout: Duration) -> Option<ExitInfo> {
-        None
+        self.inner.wait_for(timeout, |shared| shared.exit.clone())
     }
 
     /// What the engine knows; asks nobody.
+    #[must_use]
     pub fn status(&self) -> MachineStatus {
-        MachineStatus { state: State::Created, pid: 0, exit: None }
+        let shared = self.inner.shared();
+        MachineStatus { state: shared.state, pid: self.pid(), exit: shared.exit.clone() }
     }
 
     /// What the VMM says: state, balloon, exits.
+    ///
+    /// # Errors
+    /// `NotFound` if it is gone, `Unavailable` if the VMM hangs, `Internal` if it answers something else.
     pub fn vmm_status(&self) -> Result<VmmStatus> {
-        Err(Error::new(Kind::Unavailable, "not built yet"))
+        match self.request(Command::Status)? {
+            Answer::Status(status) => Ok(status),
+            Answer::Done => Err(Error::new(Kind::Internal, "the VMM answers a question for its status without one")),
+        }
     }
 
     /// Figures of its cgroup.
+    ///
+    /// # Errors
+    /// `Unavailable` if the host has no cgroups.
     pub fn stats(&self) -> Result<Stats> {
-        Err(Error::new(Kind::Unavailable, "not built yet"))
+        let none = || Error::new(Kind::Unavailable, "the host has no cgroups, so nothing is counted");
+        self.inner.cgroup.stats().ok_or_else(none)
     }
 
-    /// Sets new limits: the cgroup's at once; memory below what the guest has is taken from it by the balloon first.
+    /// Sets new limits. Memory below what the guest has is taken from it by the balloon before the cgroup's limit goes
+    /// down; memory above it raises the cgroup's limit alone, since a machine does not grow.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a limit that the kernel refuses, `FailedPrecondition` if the guest does not give the memory
+    /// back in time (it then keeps it, and the old limit stays).
     pub fn update(&self, limits: &Limits) -> Result<()> {
-        Err(Error::new(Kind::Unavailable, "not built yet"))
+        if self.inner.shared().exit.is_some() {
+            return Err(gone(&self.inner));
+        }
+        let asked = limits.memory.and_then(|limit| u64::try_from(limit).ok()).filter(|limit| *limit > 0);
+        if let Some(limit) = asked {
+            self.squeeze(limit)?;
+        }
+        self.inner.cgroup.apply(&Bounds {
+            limits: limits.clone(),
+            memory: asked.map(|limit| cgroup_memory(limit, self.inner.overhead)),
+            memory_and_swap: limits.memory_swap.map(|limit| with_overhead(limit, self.inner.overhead)),
+        })
+    }
+
+    /// Sets the balloon so that the guest keeps `limit` bytes, and waits until it has.
+    fn squeeze(&self, limit: u64) -> Result<()> {
+        let keep = limit - limit % MEMORY_STEP;
+        let bytes = self.inner.memory.saturating_sub(keep);
+        if self.inner.shared().state == State::Created {
+            return if bytes == 0 {
+                Ok(())
+            } else {
+                Err(wrong_state(&self.inner, "was not started, so it cannot give memory back"))
+            };
+        }
+        let before = self.vmm_status()?.balloon_bytes;
+        if bytes == before {
+            return Ok(());
+        }
+        self.request(Command::Balloon { bytes })?;
+        let deadline = Instant::now() + BALLOON;
+        while self.vmm_status()?.balloon_bytes < bytes {
+            if Instant::now() > deadline {
+                self.request(Command::Balloon { bytes: before })?;
+                return Err(wrong_state(
+                    &self.inner,
+                    "does not give enough memory back: its guest needs it, or has no balloon driver",
+                ));
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(())
     }
 
     /// Tells the guest the size of its virtio console; no error if it has none.
+    ///
+    /// # Errors
+    /// `NotFound` if it is gone, `Unavailable` if the VMM hangs.
     pub fn resize_console(&self, columns: u16, rows: u16) -> Result<()> {
-        Err(Error::new(Kind::Unavailable, "not built yet"))
+        self.request(Command::ResizeConsole { columns, rows }).map(drop)
     }
 
     /// Calls `listener` for every event from now on, on the machine's own thread: it must not block, nor call a method
-    /// of this machine. What has happened already (`Started`, `Exited`) is told at once, on the caller's thread.
-    pub fn subscribe(&self, listener: impl FnMut(&MachineEvent) + Send + 'static) {}
+    /// of this machine. What has happened already (`Started`, `Exited`, `Deleted`) is told at once, on the caller's
+    /// thread.
+    pub fn subscribe(&self, listener: impl FnMut(&MachineEvent) + Send + 'static) {
+        self.inner.subscribe(Box::new(listener));
+    }
 
     /// Steps of the start: (step, microseconds since [`crate::Engine::create`] began), in order; engine and VMM together.
+    #[must_use]
     pub fn timeline(&self) -> Vec<(String, u64)> {
-        Vec::new()
+        self.inner.timeline()
     }
 
-    /// Removes what is left: cgroup, uid lease, record. Idempotent.
+    /// Removes what is left: cgroup, uid lease, record. A machine that was created but never started is killed by it.
+    /// Idempotent.
     ///
     /// # Errors
-    /// `FailedPrecondition` while it runs (kill it first; a machine that was only created is killed by this).
+    /// `FailedPrecondition` while it runs; `Internal`.
     pub fn delete(&self) -> Result<ExitInfo> {
-        Err(Error::new(Kind::Unavailable, "not built yet"))
+        let state = self.inner.shared().state;
+        if matches!(state, State::Running | State::Paused) {
+            return Err(wrong_state(&self.inner, "is running: kill it first"));
+        }
+        self.destroy()
     }
+
+    /// Ends it, whatever it does, and removes what is left.
+    pub(crate) fn destroy(&self) -> Result<ExitInfo> {
+        self.inner.process.kill().map_err(Error::io("the VMM cannot be killed"))?;
+        let Some(exit) = self.wait_timeout(DEATH) else {
+            return Err(Error::new(Kind::Internal, format!("the VMM, process {}, does not die", self.pid())));
+        };
+        cgroup::remove(&self.inner.cgroup.dirs());
+        self.inner.release()?;
+        self.inner.tell(&MachineEvent::Deleted);
+        Ok(exit)
+    }
+
+    fn started(&self) -> Result<()> {
+        match self.inner.shared().state {
+            State::Creating | State::Created => Err(wrong_state(&self.inner, "was not started")),
+            State::Stopped => Err(gone(&self.inner)),
+            State::Running | State::Paused => Ok(()),
+        }
+    }
+
+    /// Sends one command and waits for its answer. A VMM that does not take it or does not answer is killed.
+    fn request(&self, command: Command) -> Result<Answer> {
+        let inner = &self.inner;
+        let id = {
+            let mut shared = inner.shared();
+            if shared.exit.is_some() {
+                return Err(gone(inner));
+            }
+            if shared.pending.len() >= MAX_PENDING {
+                return Err(Error::new(Kind::Unavailable, "too many requests wait for the VMM's answers"));
+            }
+            shared.next_request += 1;
+            let id = shared.next_request;
+            shared.pending.insert(id, command.clone());
+            id
+        };
+        match inner.channel.send(&Request { id, command: command.clone() }, &[]) {
+            Ok(()) | Err(ChannelError::Closed) => (),
+            Err(ChannelError::Io(err)) if err.kind() == std::io::ErrorKind::WouldBlock => {
+                return Err(hung(inner, &command))
+            }
+            Err(err) => return Err(Error::new(Kind::Internal, "a request cannot be sent to the VMM").because(err)),
+        }
+        let answer = |shared: &mut Shared| match shared.answers.remove(&id) {
+            Some(answer) => Some(Some(answer)),
+            None => shared.exit.is_some().then_some(None),
+        };
+        match inner.wait_for(ANSWER, answer) {
+            Some(Some(Ok(answer))) => Ok(answer),
+            Some(Some(Err(message))) => Err(Error::new(Kind::Internal, "the VMM refuses").because(message)),
+            Some(None) => Err(gone(inner)),
+            None => Err(hung(inner, &command)),
+        }
+    }
+}
+
+/// Gives the engine's end of a control socket a limit on how long a VMM that reads nothing can hold up a sender.
+pub(crate) fn limit_sends(channel: &Channel) -> Result<()> {
+    setsockopt(&channel.as_fd(), SendTimeout, &TimeVal::new(5, 0))
+        .map_err(|errno| Error::io("the control socket cannot be limited")(errno.into()))
+}
+
+pub(crate) fn with_overhead(limit: i64, overhead: u64) -> i64 {
+    match limit {
+        limit if limit <= 0 => limit,
+        limit => limit.saturating_add_unsigned(overhead),
+    }
+}
+
+fn hung(inner: &Inner, command: &Command) -> Error {
+    let message = format!("the VMM did not answer {command:?} in time and was killed");
+    inner.fault(&message);
+    Error::new(Kind::Unavailable, message)
+}
+
+fn gone(inner: &Inner) -> Error {
+    let why = inner.shared().exit.as_ref().map(|exit| format!("{:?}", exit.reason)).unwrap_or_default();
+    Error::new(Kind::NotFound, format!("machine {} has ended already ({why})", inner.id))
+}
+
+fn wrong_state(inner: &Inner, why: &str) -> Error {
+    Error::new(Kind::FailedPrecondition, format!("machine {} {why}", inner.id))
 }

@@ -1,10 +1,15 @@
-//! The record of a machine on disk.
+//! The record of a machine on disk: `<runtime>/machines/<namespace>/<id>/record.json`, written before the VMM is spawned
+//! and at every change of state (tmp → rename), so that whoever finds it can end and remove the machine.
 
-use std::path::PathBuf;
-use std::time::SystemTime;
+use std::fs::{self, File, TryLockError};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
+use crate::error::{Error, Kind, Result};
 use crate::machine::{ExitInfo, State};
 
 /// What is known of a machine; all that `cleanup` needs.
@@ -30,6 +35,9 @@ pub struct Record {
     pub vcpus: u32,
     /// Guest memory in bytes.
     pub memory: u64,
+    /// Steps of the start: (step, microseconds since its creation began).
+    #[serde(default)]
+    pub timeline: Vec<(String, u64)>,
     /// How it ended, once it has.
     pub exit: Option<ExitInfo>,
 }
@@ -41,4 +49,217 @@ pub struct ProcessId {
     pub pid: u32,
     /// When it began, in clock ticks since boot (field 22 of /proc/PID/stat).
     pub start_time: u64,
+}
+
+const RECORD: &str = "record.json";
+const RECORD_TMP: &str = "record.json.tmp";
+const LOCK: &str = "lock";
+
+/// The longest name of a machine or a namespace in bytes.
+const MAX_NAME: usize = 128;
+
+/// Refuses a name that is not one path component of the plain alphabet.
+pub(crate) fn check_name(what: &str, name: &str) -> Result<()> {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+    let starts_well = name.bytes().next().is_some_and(|byte| byte.is_ascii_alphanumeric());
+    if starts_well && name.len() <= MAX_NAME && name.bytes().all(plain) {
+        return Ok(());
+    }
+    let message =
+        format!("{what} {name:?} is not 1 to {MAX_NAME} letters, digits, '.', '_' or '-' with a letter or digit first");
+    Err(Error::new(Kind::InvalidArgument, message))
+}
+
+/// A machine's directory, held by the engine that made the machine.
+#[derive(Debug)]
+pub(crate) struct Slot {
+    dir: PathBuf,
+    /// Locked as long as the engine lives: whoever gets the lock knows that nobody looks after the machine any more.
+    _lock: File,
+}
+
+/// Who has a name.
+pub(crate) enum Claim {
+    /// We have it now.
+    Ours(Slot),
+    /// A living engine has it.
+    Taken,
+    /// An engine that is gone had it; its machine must be cleaned up first.
+    Stale,
+}
+
+impl Slot {
+    /// Takes the name for a new machine.
+    pub(crate) fn claim(runtime: &Path, namespace: &str, id: &str) -> Result<Claim> {
+        let dir = dir(runtime, namespace, id);
+        let error = || Error::io(format!("the machine's directory {} cannot be made", dir.display()));
+        if let Some(parent) = dir.parent() {
+            fs::DirBuilder::new().recursive(true).mode(0o700).create(parent).map_err(error())?;
+        }
+        match fs::DirBuilder::new().mode(0o700).create(&dir) {
+            Ok(()) => (),
+            Err(err) if err.kind() == io::ErrorKind::AlreadyExists => {
+                return Ok(match lock(&dir) {
+                    Ok(Some(_lock)) => Claim::Stale,
+                    Ok(None) => Claim::Taken,
+                    // Made or removed by somebody else at this moment, or left so by one who died in between.
+                    Err(err) if err.kind() == io::ErrorKind::NotFound && is_old(&dir) => Claim::Stale,
+                    Err(err) if err.kind() == io::ErrorKind::NotFound => Claim::Taken,
+                    Err(err) => return Err(error()(err)),
+                });
+            }
+            Err(err) => return Err(error()(err)),
+        }
+        let options = || File::options().write(true).create_new(true).mode(0o600).open(dir.join(LOCK));
+        let file = options().map_err(error())?;
+        match file.try_lock() {
+            Ok(()) => Ok(Claim::Ours(Self { dir, _lock: file })),
+            Err(TryLockError::WouldBlock) => Ok(Claim::Taken),
+            Err(TryLockError::Error(err)) => Err(error()(err)),
+        }
+    }
+
+    /// Replaces the record.
+    pub(crate) fn write(&self, record: &Record) -> Result<()> {
+        write(&self.dir, record).map_err(Error::io(format!("the record in {} cannot be written", self.dir.display())))
+    }
+
+    /// Removes the directory; the name is free then.
+    pub(crate) fn remove(&self) -> Result<()> {
+        remove_dir(&self.dir)
+    }
+}
+
+/// Whether a directory was not changed for longer than it takes to make its lock.
+fn is_old(dir: &Path) -> bool {
+    let changed = fs::metadata(dir).and_then(|meta| meta.modified());
+    changed.is_ok_and(|changed| changed.elapsed().is_ok_and(|age| age > Duration::from_secs(10)))
+}
+
+/// Takes the lock of a directory that is there; `None` if somebody has it.
+fn lock(dir: &Path) -> io::Result<Option<File>> {
+    let file = File::options().write(true).open(dir.join(LOCK))?;
+    match file.try_lock() {
+        Ok(()) => Ok(Some(file)),
+        Err(TryLockError::WouldBlock) => Ok(None),
+        Err(TryLockError::Error(err)) => Err(err),
+    }
+}
+
+fn write(dir: &Path, record: &Record) -> io::Result<()> {
+    let tmp = dir.join(RECORD_TMP);
+    let mut file = File::options().write(true).create(true).truncate(true).mode(0o600).open(&tmp)?;
+    file.write_all(&serde_json::to_vec(record)?)?;
+    // Not synced: no machine outlives the host's own end, and up to then the page cache keeps what was written.
+    fs::rename(&tmp, dir.join(RECORD))
+}
+
+/// Reads a record; `None` if there is no such machine, or none that came as far as having one.
+pub(crate) fn read(runtime: &Path, namespace: &str, id: &str) -> Result<Option<Record>> {
+    let path = dir(runtime, namespace, id).join(RECORD);
+    let error = || format!("the record {} cannot be read", path.display());
+    match fs::read(&path) {
+        Ok(bytes) => {
+            serde_json::from_slice(&bytes).map(Some).map_err(|err| Error::new(Kind::Internal, error()).because(err))
+        }
+        Err(err) if err.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(err) => Err(Error::io(error())(err)),
+    }
+}
+
+/// Removes what is left of a machine's directory; no error if nothing is.
+pub(crate) fn remove(runtime: &Path, namespace: &str, id: &str) -> Result<()> {
+    remove_dir(&dir(runtime, namespace, id))
+}
+
+fn remove_dir(dir: &Path) -> Result<()> {
+    match fs::remove_dir_all(dir) {
+        Ok(()) => Ok(()),
+        Err(err) if err.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(err) => Err(Error::io(format!("the machine's directory {} cannot be removed", dir.display()))(err)),
+    }
+}
+
+/// Every record there is; what cannot be read is left out.
+pub(crate) fn all(runtime: &Path) -> Vec<Record> {
+    let entries = |dir: &Path| fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
+    entries(&runtime.join("machines"))
+        .flat_map(|namespace| entries(&namespace).collect::<Vec<_>>())
+        .filter_map(|machine| serde_json::from_slice(&fs::read(machine.join(RECORD)).ok()?).ok())
+        .collect()
+}
+
+fn dir(runtime: &Path, namespace: &str, id: &str) -> PathBuf {
+    runtime.join("machines").join(namespace).join(id)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record() -> Record {
+        Record {
+            id: "vm1".into(),
+            namespace: "default".into(),
+            state: State::Creating,
+            created: SystemTime::now(),
+            process: Some(ProcessId { pid: 7, start_time: 9 }),
+            cgroup: vec!["/sys/fs/cgroup/memory/default/vm1".into()],
+            uid: Some(1_900_000_000),
+            tops: vec!["/var/lib/ovms/top".into()],
+            vcpus: 1,
+            memory: 512 << 20,
+            timeline: vec![("spawned".into(), 12)],
+            exit: None,
+        }
+    }
+
+    fn claim(runtime: &Path) -> Claim {
+        Slot::claim(runtime, "default", "vm1").unwrap()
+    }
+
+    #[test]
+    fn a_record_written_is_read_again_and_gone_after_remove() {
+        let runtime = tempfile::tempdir().unwrap();
+        let Claim::Ours(slot) = claim(runtime.path()) else { panic!("the name is free") };
+        assert_eq!(read(runtime.path(), "default", "vm1").unwrap(), None);
+        slot.write(&record()).unwrap();
+        assert_eq!(
+            read(runtime.path(), "default", "vm1").unwrap(),
+            Some(record()).map(|mut r| {
+                r.created = read(runtime.path(), "default", "vm1").unwrap().unwrap().created;
+                r
+            })
+        );
+        assert_eq!(all(runtime.path()).len(), 1);
+        slot.remove().unwrap();
+        slot.remove().unwrap();
+        assert_eq!(read(runtime.path(), "default", "vm1").unwrap(), None);
+    }
+
+    #[test]
+    fn a_name_is_taken_while_its_engine_lives_and_stale_afterwards() {
+        let runtime = tempfile::tempdir().unwrap();
+        let first = claim(runtime.path());
+        assert!(matches!(first, Claim::Ours(_)));
+        assert!(matches!(claim(runtime.path()), Claim::Taken));
+        drop(first);
+        assert!(matches!(claim(runtime.path()), Claim::Stale));
+    }
+
+    #[test]
+    fn check_name_strange_returns_invalid_argument() {
+        for name in ["", ".", "..", "a/b", "-x", "a b", "a\0b", &"x".repeat(129)] {
+            assert_eq!(check_name("id", name).unwrap_err().kind(), Kind::InvalidArgument, "{name:?}");
+        }
+        check_name("id", "k8s.io_web-1").unwrap();
+    }
+
+    #[test]
+    fn read_damaged_record_returns_internal() {
+        let runtime = tempfile::tempdir().unwrap();
+        let _slot = claim(runtime.path());
+        fs::write(dir(runtime.path(), "default", "vm1").join(RECORD), b"{").unwrap();
+        assert_eq!(read(runtime.path(), "default", "vm1").unwrap_err().kind(), Kind::Internal);
+    }
 }

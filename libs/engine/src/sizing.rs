@@ -61,7 +61,13 @@ pub fn settle(wishes: &Wishes, settings: &VmSettings) -> Result<Size> {
             format!("{who} asks for {asked} bytes of memory; a machine has 32 MiB to 1 TiB"),
         ));
     }
-    Ok(Size { vcpus, memory, cgroup_memory: asked.saturating_add(settings.overhead) })
+    Ok(Size { vcpus, memory, cgroup_memory: cgroup_memory(asked, settings.overhead) })
+}
+
+/// Memory limit of the VMM's cgroup for a machine that may have `limit` bytes: without the overhead the VMM would be
+/// killed when its guest has used what it was given.
+pub(crate) fn cgroup_memory(limit: u64, overhead: u64) -> u64 {
+    limit.saturating_add(overhead)
 }
 
 fn vcpus(wishes: &Wishes, settings: &VmSettings) -> Result<u32> {
@@ -151,7 +157,8 @@ mod tests {
 
     #[test]
     fn a_fraction_of_a_cpu_is_a_whole_vcpu() {
-        for (quota, period, vcpus) in [(1, None, 1), (100_000, None, 1), (100_001, None, 2), (50_000, Some(25_000), 2)] {
+        for (quota, period, vcpus) in [(1, None, 1), (100_000, None, 1), (100_001, None, 2), (50_000, Some(25_000), 2)]
+        {
             let wishes = Wishes { spec_cpu_quota: Some(quota), spec_cpu_period: period, ..Wishes::default() };
             assert_eq!(settle(&wishes, &VmSettings::default()).unwrap().vcpus, vcpus, "{quota}/{period:?}");
         }

@@ -15,9 +15,10 @@ pub struct CreateSpec {
     pub id: String,
     /// containerd's namespace, or `ovm` for the CLI; the same alphabet.
     pub namespace: String,
-    /// What is booted, and from which disks.
-    pub boot: BootFiles,
-    /// What spec, annotations and image say about vCPUs and memory; [`crate::sizing::settle`] decides.
+    /// The bundle's record (`ovms_bundle::Record`), which says what is booted and from which disk.
+    pub bundle: PathBuf,
+    /// What spec and annotations say about vCPUs and memory; [`crate::sizing::settle`] decides. The image's wishes are
+    /// taken from the bundle where they are not set here.
     pub wishes: Wishes,
     /// Appended to the image's kernel command line (annotation `io.ovms.kernel-args`).
     pub extra_kernel_args: Option<String>,
@@ -37,34 +38,6 @@ pub struct CreateSpec {
     pub hostname: String,
     /// `oom_score_adj` of the VMM. Lowering it needs CAP_SYS_RESOURCE; without it the value is left as it was.
     pub oom_score_adj: Option<i32>,
-}
-
-/// The files of a bundle that a machine starts from. All paths are absolute.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct BootFiles {
-    /// bzImage or ELF.
-    pub kernel: PathBuf,
-    /// Initial RAM disk.
-    pub initrd: Option<PathBuf>,
-    /// Kernel command line of the image.
-    pub cmdline: String,
-    /// Disks in order: the first is /dev/vda of a Linux guest.
-    pub disks: Vec<DiskFiles>,
-}
-
-/// The files of one disk (see `ovms_disk::StackFiles`).
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DiskFiles {
-    /// The table that says which layer holds what.
-    pub table: PathBuf,
-    /// The layers, base first; opened read-only.
-    pub layers: Vec<PathBuf>,
-    /// The writable top's data; locked as long as the VMM lives.
-    pub top_data: PathBuf,
-    /// The writable top's map.
-    pub top_map: PathBuf,
-    /// The disk's size in bytes.
-    pub size: u64,
 }
 
 /// The ends of the machine's serial console. The engine hands them to the VMM and keeps none, so a reader sees the end

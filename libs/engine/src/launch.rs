@@ -1,0 +1,198 @@
+//! From a [`CreateSpec`] to the first packet: files opened, disk locked, everything named by its place in the list of
+//! descriptors.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use ovms_bundle::{Bundle, DiskFiles};
+use ovms_config::vm::{
+    check_cmdline, BootConfig, ConsoleConfig, DiskConfig, FdIndex, JailConfig, TopConfig, VmConfig, VM_CONFIG_VERSION,
+};
+use ovms_config::Settings;
+use ovms_proto::channel::MAX_FDS;
+
+use crate::error::{Error, Kind, Result};
+use crate::sizing::{settle, Size};
+use crate::spec::CreateSpec;
+
+/// Descriptors that a VMM opens for itself: VM, vCPUs, eventfds and epoll instances of its devices.
+const OWN_FILES: u64 = 512;
+/// Bytes that the map of a disk's top may have beyond one for each 512 of the disk, and the least size limit.
+const FILE_SLACK: u64 = 64 << 20;
+
+/// The first packet.
+#[derive(Debug)]
+pub(crate) struct Packet {
+    pub(crate) config: VmConfig,
+    fds: Vec<OwnedFd>,
+    pub(crate) size: Size,
+    /// Data files of the tops that the descriptors lock.
+    pub(crate) tops: Vec<PathBuf>,
+}
+
+impl Packet {
+    /// Opens everything. The spec's stdin and stdout move into the packet. `uid` is filled in later.
+    pub(crate) fn open(spec: &mut CreateSpec, settings: &Settings) -> Result<Self> {
+        let mut fds = FdList::default();
+        let kvm = fds.push(open_kvm(&settings.paths.kvm)?);
+        let holder = format!("machine {}/{}, held by process {}", spec.namespace, spec.id, std::process::id());
+        let bundle = Bundle::open(&spec.bundle, &holder, spec.read_only).map_err(bundle_error)?;
+        let manifest = &bundle.record.manifest;
+        let wishes = &mut spec.wishes;
+        wishes.image_vcpus = wishes.image_vcpus.or(manifest.vcpus());
+        wishes.image_memory = wishes.image_memory.or(manifest.memory_bytes());
+        let size = settle(wishes, &settings.vm)?;
+        let cmdline = join_cmdline(manifest.cmdline(), spec.extra_kernel_args.as_deref())?;
+        let kernel = bundle.kernel.ok_or_else(|| {
+            let message = "the image has no kernel, and this version of ovms does not boot firmware from a disk";
+            Error::new(Kind::InvalidArgument, message)
+        })?;
+        let boot = BootConfig { kernel: fds.push(kernel), initrd: bundle.initrd.map(|file| fds.push(file)), cmdline };
+        let disk_size = bundle.record.disk.as_ref().map_or(0, |disk| disk.virtual_size);
+        let tops = bundle.record.disk.iter().filter_map(|disk| disk.top.as_ref()).map(|top| top.data.clone()).collect();
+        let disks: Vec<_> = bundle.disk.into_iter().map(|disk| disk_config(disk, &mut fds)).collect();
+        let console = ConsoleConfig {
+            input: spec.stdio.stdin.take().map(|fd| fds.push(fd)),
+            output: spec.stdio.stdout.take().map(|fd| fds.push(fd)),
+        };
+        let netns = spec.netns.as_deref().map(open_netns).transpose()?.map(|file| fds.push(file));
+        let hostname = if spec.hostname.is_empty() { spec.id.clone() } else { spec.hostname.clone() };
+        let jail = JailConfig {
+            uid: 0,
+            gid: 0,
+            netns,
+            hostname,
+            max_file_size: disk_size.saturating_add(disk_size / 512).saturating_add(FILE_SLACK),
+            max_open_files: fds.0.len() as u64 + OWN_FILES,
+        };
+        if fds.0.len() > MAX_FDS {
+            let message = format!("the machine needs {} descriptors, at most {MAX_FDS} can be passed", fds.0.len());
+            return Err(Error::new(Kind::InvalidArgument, message));
+        }
+        let config = VmConfig {
+            version: VM_CONFIG_VERSION,
+            id: spec.id.clone(),
+            vcpus: size.vcpus,
+            memory: size.memory,
+            kvm,
+            boot,
+            disks,
+            console,
+            jail,
+            log_level: log_level(),
+        };
+        Ok(Self { config, fds: fds.0, size, tops })
+    }
+
+    /// The descriptors, in the order that the configuration names.
+    pub(crate) fn fds(&self) -> Vec<BorrowedFd<'_>> {
+        self.fds.iter().map(AsFd::as_fd).collect()
+    }
+}
+
+/// Descriptors in the order of their numbers in the configuration.
+#[derive(Default)]
+struct FdList(Vec<OwnedFd>);
+
+impl FdList {
+    fn push(&mut self, fd: impl Into<OwnedFd>) -> FdIndex {
+        self.0.push(fd.into());
+        FdIndex::try_from(self.0.len() - 1).unwrap_or(FdIndex::MAX)
+    }
+}
+
+fn disk_config(disk: DiskFiles, fds: &mut FdList) -> DiskConfig {
+    DiskConfig {
+        table: fds.push(disk.table),
+        layers: disk.layers.into_iter().map(|layer| fds.push(layer)).collect(),
+        top: TopConfig { data: fds.push(disk.top_data), map: fds.push(disk.top_map) },
+        read_only: disk.read_only,
+        serial: "vda".into(),
+    }
+}
+
+fn join_cmdline(image: &str, extra: Option<&str>) -> Result<String> {
+    let words = [image.trim(), extra.unwrap_or_default().trim()];
+    let cmdline = words.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join(" ");
+    match check_cmdline(&cmdline) {
+        Ok(()) => Ok(cmdline),
+        Err(err) => {
+            let message = "the image's kernel arguments and those given with it (io.ovms.kernel-args, --kernel-args) cannot be used";
+            Err(Error::new(Kind::InvalidArgument, message).because(err))
+        }
+    }
+}
+
+fn open_kvm(path: &Path) -> Result<File> {
+    File::options().read(true).write(true).open(path).map_err(|err| {
+        let help = match err.kind() {
+            io::ErrorKind::NotFound => {
+                "is missing: switch virtualization on in the firmware and load kvm_intel or kvm_amd; in a virtual machine, \
+                 ask for nested virtualization"
+            }
+            io::ErrorKind::PermissionDenied => "may not be opened: run as root, or as a member of the group kvm",
+            _ => "cannot be opened",
+        };
+        Error::new(Kind::Unavailable, format!("the hypervisor device {} {help}", path.display())).because(err)
+    })
+}
+
+fn open_netns(path: &Path) -> Result<File> {
+    File::open(path).map_err(|err| {
+        let message = format!("the network namespace {} cannot be opened", path.display());
+        Error::new(Kind::InvalidArgument, message).because(err)
+    })
+}
+
+fn bundle_error(err: ovms_bundle::Error) -> Error {
+    use ovms_bundle::Error as E;
+    let kind = match &err {
+        E::InUse { .. } | E::NoTop(_) => Kind::FailedPrecondition,
+        E::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => Kind::NotFound,
+        E::Record { .. } | E::Manifest(..) | E::Image(_) => Kind::InvalidArgument,
+        _ => Kind::Internal,
+    };
+    Error::new(kind, "the machine's files cannot be opened").because(err)
+}
+
+/// The VMM logs as much as this process does.
+fn log_level() -> String {
+    match tracing::level_filters::LevelFilter::current().into_level() {
+        Some(level) => level.as_str().to_ascii_lowercase(),
+        None => "warn".into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernel_arguments_are_appended() {
+        assert_eq!(join_cmdline("console=ttyS0 quiet ", Some(" debug")).unwrap(), "console=ttyS0 quiet debug");
+        assert_eq!(join_cmdline("", None).unwrap(), "");
+        assert_eq!(join_cmdline("", Some("debug")).unwrap(), "debug");
+    }
+
+    #[test]
+    fn join_cmdline_too_long_returns_invalid_argument() {
+        let err = join_cmdline(&"x".repeat(2000), Some(&"y".repeat(47))).unwrap_err();
+        assert_eq!(err.kind(), Kind::InvalidArgument);
+        assert!(err.chain().contains("2048 bytes, at most 2047"), "{}", err.chain());
+    }
+
+    #[test]
+    fn open_kvm_missing_returns_what_to_do() {
+        let err = open_kvm(Path::new("/no/such/kvm")).unwrap_err();
+        assert_eq!(err.kind(), Kind::Unavailable);
+        assert!(err.to_string().contains("load kvm_intel or kvm_amd"), "{err}");
+    }
+
+    #[test]
+    fn open_netns_missing_returns_its_path() {
+        let err = open_netns(Path::new("/run/netns/none")).unwrap_err();
+        assert!(err.to_string().contains("/run/netns/none"), "{err}");
+    }
+}

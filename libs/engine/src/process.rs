@@ -1,0 +1,240 @@
+//! The VMM as a process: found, spawned, killed, reaped.
+
+use std::ffi::CString;
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use std::{env, ptr};
+
+use nix::errno::Errno;
+use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
+use nix::sys::signal::Signal;
+use nix::sys::wait::{waitid, Id, WaitPidFlag, WaitStatus};
+use ovms_config::paths::VMM_BINARY;
+use ovms_config::Settings;
+
+use crate::error::{Error, Kind, Result};
+use crate::record::ProcessId;
+use crate::sys;
+
+/// Finds the VMM: where the settings say, else beside the running program, else in `PATH`.
+pub(crate) fn find_vmm(settings: &Settings) -> Result<PathBuf> {
+    let configured = &settings.paths.vmm;
+    if !configured.as_os_str().is_empty() {
+        return if is_program(configured) {
+            Ok(configured.clone())
+        } else {
+            Err(no_vmm(&configured.display().to_string()))
+        };
+    }
+    let beside = env::current_exe().ok().and_then(|exe| exe.parent().map(Path::to_owned));
+    let path = env::var_os("PATH").unwrap_or_default();
+    let mut places = beside.into_iter().chain(env::split_paths(&path)).map(|dir| dir.join(VMM_BINARY));
+    places.find(|place| is_program(place)).ok_or_else(|| no_vmm("beside this program or in PATH"))
+}
+
+fn is_program(path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
+}
+
+fn no_vmm(place: &str) -> Error {
+    Error::new(
+        Kind::Unavailable,
+        format!("there is no program {VMM_BINARY} {place}: install it, or name it in ovms.toml as paths.vmm"),
+    )
+}
+
+/// Where a VMM is born.
+pub(crate) struct Cradle<'a> {
+    /// The program.
+    pub(crate) program: &'a Path,
+    /// Shown by `ps`.
+    pub(crate) id: &'a str,
+    /// The VMM's end of the control socket.
+    pub(crate) control: OwnedFd,
+    /// Its stderr.
+    pub(crate) log: OwnedFd,
+    /// It joins a network namespace later; else it is born in an empty one.
+    pub(crate) joins_netns: bool,
+    /// cgroup v2 directory.
+    pub(crate) cgroup: Option<BorrowedFd<'a>>,
+}
+
+/// A VMM process that has not been reaped.
+#[derive(Debug)]
+pub(crate) struct Process {
+    id: ProcessId,
+    pidfd: OwnedFd,
+}
+
+/// How far a spawned program has come: closed without a word once `execve` has worked.
+pub(crate) struct Report(File);
+
+impl Report {
+    /// Waits for the `execve`.
+    pub(crate) fn read(mut self, program: &Path) -> Result<()> {
+        let mut errno = [0; 4];
+        match self.0.read_exact(&mut errno) {
+            Err(err) if err.kind() == io::ErrorKind::UnexpectedEof => Ok(()),
+            Err(err) => Err(Error::io("the VMM's start cannot be watched")(err)),
+            Ok(()) => Err(Error::new(Kind::Unavailable, format!("the VMM {} cannot be executed", program.display()))
+                .because(io::Error::from_raw_os_error(i32::from_ne_bytes(errno)))),
+        }
+    }
+}
+
+impl Process {
+    /// Spawns a VMM. It closes its stray descriptors, leads a session of its own, and has an empty environment.
+    pub(crate) fn spawn(cradle: Cradle<'_>) -> Result<(Self, Report)> {
+        let error = || Error::io("the VMM cannot be spawned");
+        let program = c_string(cradle.program.as_os_str().as_bytes())?;
+        let words = [c_string(VMM_BINARY.as_bytes())?, c_string(b"--id")?, c_string(cradle.id.as_bytes())?];
+        let argv: Vec<_> = words.iter().map(|arg| arg.as_ptr()).chain([ptr::null()]).collect();
+        let null = File::options().read(true).write(true).open("/dev/null").map_err(error())?;
+        let (report, report_end) =
+            nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(io::Error::from).map_err(error())?;
+        let (null, log) = (high(&null).map_err(error())?, high(&cradle.log).map_err(error())?);
+        let (control, report_end) = (high(&cradle.control).map_err(error())?, high(&report_end).map_err(error())?);
+        let mut namespaces = libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
+        if !cradle.joins_netns {
+            namespaces |= libc::CLONE_NEWNET;
+        }
+        let birth = sys::Birth {
+            program: &program,
+            argv: &argv,
+            envp: &[ptr::null()],
+            null: null.as_fd(),
+            log: log.as_fd(),
+            control: control.as_fd(),
+            report: report_end.as_fd(),
+            namespaces,
+            cgroup: cradle.cgroup,
+        };
+        let (pid, pidfd) = sys::spawn(&birth).map_err(|err| match err.kind() {
+            io::ErrorKind::PermissionDenied => {
+                Error::new(Kind::FailedPrecondition, "a machine's namespaces need root: run as root").because(err)
+            }
+            _ => error()(err),
+        })?;
+        let start_time = start_time(pid).map_err(error())?;
+        Ok((Self { id: ProcessId { pid, start_time }, pidfd }, Report(File::from(report))))
+    }
+
+    pub(crate) fn id(&self) -> ProcessId {
+        self.id
+    }
+
+    pub(crate) fn pidfd(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
+    }
+
+    /// Sends SIGKILL; no error if it is gone.
+    pub(crate) fn kill(&self) -> io::Result<()> {
+        kill(self.pidfd())
+    }
+
+    /// Waits for the end and takes its status; `None` if somebody else has taken it.
+    pub(crate) fn reap(&self) -> Option<WaitStatus> {
+        loop {
+            match waitid(Id::PIDFd(self.pidfd()), WaitPidFlag::WEXITED) {
+                Ok(status) => return Some(status),
+                Err(Errno::EINTR) => (),
+                Err(errno) => {
+                    tracing::warn!(pid = self.id.pid, %errno, "the VMM's exit status was taken by somebody else");
+                    return None;
+                }
+            }
+        }
+    }
+}
+
+/// Ends a process that is known by its record alone, if it still is that process, and waits for its end. It need not
+/// be a child of the caller.
+pub(crate) fn kill_recorded(id: ProcessId, patience: Duration) -> io::Result<()> {
+    let pidfd = match sys::pidfd_open(id.pid) {
+        Ok(pidfd) => pidfd,
+        Err(err) if err.raw_os_error() == Some(libc::ESRCH) => return Ok(()),
+        Err(err) => return Err(err),
+    };
+    // The descriptor is opened first: if the number was given to another process before that, its start time tells; if
+    // it is given away afterwards, the descriptor goes on meaning the old process.
+    if start_time(id.pid).ok() != Some(id.start_time) {
+        return Ok(());
+    }
+    kill(pidfd.as_fd())?;
+    let timeout = PollTimeout::try_from(patience).unwrap_or(PollTimeout::MAX);
+    match poll(&mut [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)], timeout)? {
+        0 => Err(io::Error::new(io::ErrorKind::TimedOut, format!("process {} does not die", id.pid))),
+        _ => Ok(()),
+    }
+}
+
+/// Whether the recorded process still is there.
+pub(crate) fn is_alive(id: ProcessId) -> bool {
+    start_time(id.pid).ok() == Some(id.start_time)
+}
+
+fn kill(pidfd: BorrowedFd<'_>) -> io::Result<()> {
+    match sys::pidfd_send_signal(pidfd, Signal::SIGKILL as i32) {
+        Err(err) if err.raw_os_error() == Some(libc::ESRCH) => Ok(()),
+        other => other,
+    }
+}
+
+/// Field 22 of /proc/PID/stat (proc_pid_stat(5)). The second field is the program's name in parentheses, which may hold
+/// anything, so counting starts behind the last parenthesis, with field 3.
+fn start_time(pid: u32) -> io::Result<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    let fields = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
+    let time = fields.split_ascii_whitespace().nth(22 - 3).and_then(|field| field.parse().ok());
+    time.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("/proc/{pid}/stat has no field 22")))
+}
+
+fn c_string(bytes: &[u8]) -> Result<CString> {
+    CString::new(bytes).map_err(|err| Error::new(Kind::InvalidArgument, "a name holds a zero byte").because(err))
+}
+
+/// A copy of a descriptor that is out of the way of those that the child puts in place.
+fn high(fd: &impl AsFd) -> io::Result<OwnedFd> {
+    sys::duplicate_above(fd.as_fd(), sys::FIRST_FREE_FD)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_start_time_of_a_process_does_not_change() {
+        let pid = std::process::id();
+        let time = start_time(pid).unwrap();
+        assert!(time > 0);
+        assert!(is_alive(ProcessId { pid, start_time: time }));
+        assert!(!is_alive(ProcessId { pid, start_time: time + 1 }));
+    }
+
+    #[test]
+    fn kill_recorded_spares_a_later_process_with_the_same_number() {
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let id = ProcessId { pid: child.id(), start_time: start_time(child.id()).unwrap() };
+        let wrong = ProcessId { start_time: id.start_time + 1, ..id };
+        kill_recorded(wrong, Duration::from_secs(5)).unwrap();
+        assert!(child.try_wait().unwrap().is_none());
+        kill_recorded(id, Duration::from_secs(5)).unwrap();
+        assert!(!child.wait().unwrap().success());
+        kill_recorded(id, Duration::from_secs(5)).unwrap();
+    }
+
+    #[test]
+    fn find_vmm_missing_returns_what_to_do() {
+        let mut settings = Settings::default();
+        settings.paths.vmm = "/no/such/vmm".into();
+        let err = find_vmm(&settings).unwrap_err();
+        assert_eq!(err.kind(), Kind::Unavailable);
+        assert!(err.to_string().contains("/no/such/vmm"), "{err}");
+        assert!(err.to_string().contains("paths.vmm"), "{err}");
+    }
+}

@@ -1,0 +1,154 @@
+//! Birth of a VMM by `clone3`, and its pidfd: calls for which neither the standard library nor nix has a wrapper.
+
+use std::ffi::CStr;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::ptr;
+
+use libc::{c_char, c_int, c_long};
+
+/// Lowest descriptor that the caller's own may have, so that none of them is overwritten when they are put in place.
+pub(crate) const FIRST_FREE_FD: RawFd = 10;
+/// Where the VMM finds its control socket.
+const CONTROL_FD: RawFd = 3;
+/// Where the child reports a failed `execve`; closed by a successful one.
+const REPORT_FD: RawFd = 4;
+
+/// `CLONE_CLEAR_SIGHAND` and `CLONE_INTO_CGROUP` of the kernel's include/uapi/linux/sched.h (libc's do not fit their type).
+const CLONE_CLEAR_SIGHAND: u64 = 1 << 32;
+const CLONE_INTO_CGROUP: u64 = 1 << 33;
+
+/// `struct clone_args` of include/uapi/linux/sched.h, as of its second version (88 bytes).
+#[repr(C)]
+#[derive(Default)]
+struct CloneArgs {
+    flags: u64,
+    pidfd: u64,
+    child_tid: u64,
+    parent_tid: u64,
+    exit_signal: u64,
+    stack: u64,
+    stack_size: u64,
+    tls: u64,
+    set_tid: u64,
+    set_tid_size: u64,
+    cgroup: u64,
+}
+
+/// Everything that the child needs between `clone3` and `execve`; made before, since nothing may be allocated there.
+/// All descriptors must be [`FIRST_FREE_FD`] or above.
+pub(crate) struct Birth<'a> {
+    /// The program.
+    pub(crate) program: &'a CStr,
+    /// Its arguments, a null pointer last.
+    pub(crate) argv: &'a [*const c_char],
+    /// Its environment, a null pointer last.
+    pub(crate) envp: &'a [*const c_char],
+    /// Becomes 0 and 1.
+    pub(crate) null: BorrowedFd<'a>,
+    /// Becomes 2.
+    pub(crate) log: BorrowedFd<'a>,
+    /// Becomes 3.
+    pub(crate) control: BorrowedFd<'a>,
+    /// Takes the number of the error (4 bytes) if the program cannot be executed.
+    pub(crate) report: BorrowedFd<'a>,
+    /// `CLONE_NEW*` flags.
+    pub(crate) namespaces: c_int,
+    /// cgroup v2 directory that the child is born in.
+    pub(crate) cgroup: Option<BorrowedFd<'a>>,
+}
+
+/// Makes a child in its own namespaces and cgroup that executes the program; returns its pid and its pidfd.
+pub(crate) fn spawn(birth: &Birth<'_>) -> io::Result<(u32, OwnedFd)> {
+    let mut pidfd: c_int = -1;
+    let mut args = CloneArgs {
+        flags: birth.namespaces as u64 | libc::CLONE_PIDFD as u64 | CLONE_CLEAR_SIGHAND,
+        pidfd: ptr::from_mut(&mut pidfd) as u64,
+        exit_signal: libc::SIGCHLD as u64,
+        ..CloneArgs::default()
+    };
+    if let Some(dir) = birth.cgroup {
+        args.flags |= CLONE_INTO_CGROUP;
+        args.cgroup = dir.as_raw_fd() as u64;
+    }
+    // SAFETY: `args` is a live CloneArgs of the size given, and `pidfd` outlives the call. Without CLONE_VM and with no
+    // stack the child goes on here on a copy of this stack, as after fork. Other threads may have held locks of the
+    // allocator, so the child must make async-signal-safe calls only, which `child` upholds.
+    let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw const args, size_of::<CloneArgs>()) };
+    match pid {
+        -1 => Err(io::Error::last_os_error()),
+        // SAFETY: this is the child.
+        0 => unsafe { child(birth) },
+        // SAFETY: the kernel has put a new descriptor there that nobody else owns.
+        pid => Ok((pid as u32, unsafe { OwnedFd::from_raw_fd(pidfd) })),
+    }
+}
+
+/// The child's way from `clone3` to `execve`.
+///
+/// # Safety
+/// Must be called in a child that shares no memory with its parent. Makes only async-signal-safe calls and never
+/// returns.
+unsafe fn child(birth: &Birth<'_>) -> ! {
+    // SAFETY: the arrays in `birth` end in null pointers and its strings in zeroes (the caller built them from
+    // CStrings); every call here is async-signal-safe.
+    unsafe {
+        libc::setsid();
+        let moved = libc::dup2(birth.null.as_raw_fd(), 0) >= 0
+            && libc::dup2(birth.null.as_raw_fd(), 1) >= 0
+            && libc::dup2(birth.log.as_raw_fd(), 2) >= 0
+            && libc::dup2(birth.control.as_raw_fd(), CONTROL_FD) >= 0
+            && libc::dup3(birth.report.as_raw_fd(), REPORT_FD, libc::O_CLOEXEC) >= 0
+            && libc::syscall(libc::SYS_close_range, c_long::from(REPORT_FD + 1), c_long::from(u32::MAX), 0) == 0;
+        if moved {
+            let mut none: libc::sigset_t = std::mem::zeroed();
+            libc::sigemptyset(&raw mut none);
+            libc::sigprocmask(libc::SIG_SETMASK, &raw const none, ptr::null_mut());
+            libc::execve(birth.program.as_ptr(), birth.argv.as_ptr(), birth.envp.as_ptr());
+        }
+        let errno: c_int = *libc::__errno_location();
+        libc::write(birth.report.as_raw_fd(), (&raw const errno).cast(), size_of::<c_int>());
+        libc::write(REPORT_FD, (&raw const errno).cast(), size_of::<c_int>());
+        libc::_exit(127)
+    }
+}
+
+/// A descriptor for the process that has this number now.
+pub(crate) fn pidfd_open(pid: u32) -> io::Result<OwnedFd> {
+    // SAFETY: takes two numbers.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, c_long::from(pid), 0) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has made this descriptor for us (it is close-on-exec by itself).
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
+}
+
+/// Sends a signal to a process that cannot be mistaken for another.
+pub(crate) fn pidfd_send_signal(pidfd: BorrowedFd<'_>, signal: c_int) -> io::Result<()> {
+    // SAFETY: no siginfo is passed, so no memory of ours is read.
+    let rc = unsafe {
+        libc::syscall(
+            libc::SYS_pidfd_send_signal,
+            c_long::from(pidfd.as_raw_fd()),
+            c_long::from(signal),
+            ptr::null::<libc::siginfo_t>(),
+            0,
+        )
+    };
+    if rc < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// A close-on-exec copy of a descriptor, numbered `floor` or above.
+pub(crate) fn duplicate_above(fd: BorrowedFd<'_>, floor: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: takes three numbers.
+    let copy = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, floor) };
+    if copy < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(copy) })
+}
