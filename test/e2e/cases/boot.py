@@ -103,7 +103,7 @@ def detached(bed: Bed) -> None:
     check(bed.containerd.tasks() == {"vm": "RUNNING"}, f"tasks: {bed.containerd.tasks()}")
     bed.containerd.ctr("task", "kill", "-s", "SIGKILL", "vm")
     bed.await_state("vm", "STOPPED")
-    bed.containerd.ctr("task", "delete", "vm", status=137)
+    bed.containerd.delete_task("vm", 137)
     bed.containerd.ctr("containers", "delete", "vm")
     bed.nothing_half_made()
 

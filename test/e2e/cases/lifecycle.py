@@ -25,7 +25,7 @@ def sigterm_presses_the_power_button(bed: Bed) -> None:
 
     bed.await_state("vm", "STOPPED")
     contains(console.read_text(encoding="utf-8"), "power button", "the guest's console")
-    bed.containerd.ctr("task", "delete", "vm", status=0)
+    bed.containerd.delete_task("vm")
 
 
 @case()
@@ -36,7 +36,7 @@ def sigkill_ends_at_once_with_137(bed: Bed) -> None:
     bed.containerd.ctr("task", "kill", "-s", "SIGKILL", "vm")
 
     bed.await_state("vm", "STOPPED")
-    bed.containerd.ctr("task", "delete", "vm", status=137)
+    bed.containerd.delete_task("vm", 137)
     bed.containerd.ctr("containers", "delete", "vm")
     bed.nothing_half_made()
 
@@ -157,7 +157,7 @@ def machines_survive_a_restart_of_containerd(bed: Bed) -> None:
     process.until("the guest goes on", lambda: console.stat().st_size > size, bed.patience)
     bed.containerd.ctr("task", "kill", "-s", "SIGKILL", "vm")
     bed.await_state("vm", "STOPPED")
-    bed.containerd.ctr("task", "delete", "vm", status=137)
+    bed.containerd.delete_task("vm", 137)
     bed.containerd.ctr("containers", "delete", "vm")
     bed.nothing_half_made()
 
@@ -213,7 +213,7 @@ def image_removed_under_a_running_machine(bed: Bed) -> None:
     check(bed.containerd.tasks() == {"vm": "RUNNING"}, f"tasks: {bed.containerd.tasks()}")
     bed.containerd.ctr("task", "kill", "-s", "SIGTERM", "vm")
     bed.await_state("vm", "STOPPED")
-    bed.containerd.ctr("task", "delete", "vm", status=0)
+    bed.containerd.delete_task("vm")
 
     # The container is still there: it starts again from what our snapshotter kept.
     with Session(bed.containerd.argv("task", "start", "vm"), bed.ovms.env, tty=False, patience=bed.patience * 2) as session:
@@ -256,7 +256,7 @@ def two_machines_write_at_once(bed: Bed) -> None:
         contains((bed.dir / f"{name}.console").read_text(encoding="utf-8"), "found nothing", f"the console of {name}")
         bed.containerd.ctr("task", "kill", "-s", "SIGTERM", name)
         bed.await_state(name, "STOPPED")
-        bed.containerd.ctr("task", "delete", name)
+        bed.containerd.delete_task(name)
 
     with Session(bed.containerd.argv("task", "start", "vm1"), bed.ovms.env, tty=False, patience=bed.patience * 2) as session:
         session.expect("found vm1")
@@ -279,7 +279,7 @@ def twenty_machines_at_once(bed: Bed) -> None:
         bed.containerd.ctr("task", "kill", "-s", "SIGTERM", name)
     for name in names:
         bed.await_state(name, "STOPPED")
-        bed.containerd.ctr("task", "delete", name)
+        bed.containerd.delete_task(name)
         bed.containerd.ctr("containers", "delete", name)
 
     bed.nothing_half_made()

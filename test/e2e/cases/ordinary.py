@@ -65,7 +65,7 @@ def pause_through_our_snapshotter_with_runc(bed: Bed) -> None:
     bed.containerd.ctr("task", "kill", "-s", "SIGKILL", "p1")
     process.until("the pause container has stopped", lambda: bed.containerd.tasks() == {"p1": "STOPPED"}, bed.patience)
 
-    bed.containerd.ctr("task", "delete", "p1", status=137)
+    bed.containerd.delete_task("p1", 137)
 
 
 @case(vm=False)

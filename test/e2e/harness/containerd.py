@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -114,6 +115,14 @@ class Containerd:
             if fields[0] == task:
                 return int(fields[1])
         raise CaseFailed(f"there is no task {task}")
+
+    def delete_task(self, task: str, status: int = 0) -> None:
+        """Deletes a stopped task; fails the case unless it had ended with `status`, which ctr tells only as a warning."""
+        text = self.ctr("task", "delete", task).text
+        told = re.search(r"exit with non-zero exit code (\d+)", text)
+        seen = int(told[1]) if told else 0
+        if seen != status:
+            raise CaseFailed(f"task {task} had ended with {seen}, not {status}")
 
     def purge(self) -> None:
         """Kills and deletes whatever the case left running, through the ordinary commands."""
