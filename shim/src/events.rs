@@ -1,0 +1,236 @@
+//! Events to containerd: one queue, one sender, so the order in which the service publishes is the order in which
+//! containerd gets them. While containerd is down the first event waits and is tried again; the queue is bounded, and
+//! what does not fit is dropped with a warning.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use async_trait::async_trait;
+use containerd_shim_protos::api::ForwardRequest;
+use containerd_shim_protos::events::task as messages;
+use containerd_shim_protos::protobuf::well_known_types::any::Any;
+use containerd_shim_protos::protobuf::well_known_types::timestamp::Timestamp;
+use containerd_shim_protos::protobuf::{MessageField, MessageFull};
+use containerd_shim_protos::shim::event::Envelope;
+use containerd_shim_protos::shim_async::{Client, EventsClient};
+use tokio::sync::mpsc;
+use tracing::{debug, warn};
+use ttrpc::asynchronous::transport::Socket;
+use ttrpc::context;
+
+/// The most events that wait for containerd.
+const QUEUE: usize = 1024;
+/// How long one event is tried before it is dropped: containerd may be down for an upgrade.
+const GIVE_UP: Duration = Duration::from_secs(300);
+/// How long one call may take.
+const CALL: Duration = Duration::from_secs(5);
+/// First and longest pause between two tries.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+
+/// A task event of containerd.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Event {
+    /// Task created.
+    Create(messages::TaskCreate),
+    /// Task started.
+    Start(messages::TaskStart),
+    /// Task out of memory.
+    Oom(messages::TaskOOM),
+    /// Task ended.
+    Exit(messages::TaskExit),
+    /// Task deleted.
+    Delete(messages::TaskDelete),
+    /// Task paused.
+    Paused(messages::TaskPaused),
+    /// Task goes on.
+    Resumed(messages::TaskResumed),
+}
+
+impl Event {
+    /// The topic that containerd files it under (runtime/events.go of containerd).
+    pub fn topic(&self) -> &'static str {
+        match self {
+            Self::Create(_) => "/tasks/create",
+            Self::Start(_) => "/tasks/start",
+            Self::Oom(_) => "/tasks/oom",
+            Self::Exit(_) => "/tasks/exit",
+            Self::Delete(_) => "/tasks/delete",
+            Self::Paused(_) => "/tasks/paused",
+            Self::Resumed(_) => "/tasks/resumed",
+        }
+    }
+
+    fn any(&self) -> Any {
+        match self {
+            Self::Create(event) => any(event),
+            Self::Start(event) => any(event),
+            Self::Oom(event) => any(event),
+            Self::Exit(event) => any(event),
+            Self::Delete(event) => any(event),
+            Self::Paused(event) => any(event),
+            Self::Resumed(event) => any(event),
+        }
+    }
+}
+
+/// A message as containerd's typeurl writes it: the bare full name as type URL.
+pub fn any<M: MessageFull>(message: &M) -> Any {
+    // Writing to memory fails only for messages beyond 2 GiB.
+    let value = message.write_to_bytes().unwrap_or_default();
+    Any { type_url: M::descriptor().full_name().to_owned(), value, ..Default::default() }
+}
+
+/// A point in time as protobuf has it.
+pub fn timestamp(at: SystemTime) -> Timestamp {
+    let since = at.duration_since(UNIX_EPOCH).unwrap_or_default();
+    Timestamp {
+        seconds: i64::try_from(since.as_secs()).unwrap_or(i64::MAX),
+        nanos: i32::try_from(since.subsec_nanos()).unwrap_or(0),
+        ..Default::default()
+    }
+}
+
+/// The near end of the queue.
+#[derive(Clone, Debug)]
+pub struct Events {
+    queue: mpsc::Sender<(SystemTime, Event)>,
+}
+
+impl Events {
+    /// A queue and its far end.
+    pub fn queue() -> (Self, mpsc::Receiver<(SystemTime, Event)>) {
+        let (queue, receiver) = mpsc::channel(QUEUE);
+        (Self { queue }, receiver)
+    }
+
+    /// Appends an event; never waits.
+    pub fn publish(&self, event: Event) {
+        if let Err(mpsc::error::TrySendError::Full((_, event))) = self.queue.try_send((SystemTime::now(), event)) {
+            warn!(topic = event.topic(), "containerd takes no events: one is dropped");
+        }
+    }
+}
+
+/// Carries events away.
+#[async_trait]
+pub trait Transport: Send {
+    /// Delivers one event.
+    async fn forward(&mut self, envelope: Envelope) -> Result<(), ttrpc::Error>;
+}
+
+/// containerd's events service.
+pub struct Containerd {
+    address: String,
+    client: Option<EventsClient>,
+}
+
+impl Containerd {
+    /// The service behind a Unix socket; it is dialled when there is something to say.
+    pub fn new(address: &str) -> Self {
+        Self { address: address.trim_start_matches("unix://").to_owned(), client: None }
+    }
+}
+
+#[async_trait]
+impl Transport for Containerd {
+    async fn forward(&mut self, envelope: Envelope) -> Result<(), ttrpc::Error> {
+        let client = match &self.client {
+            Some(client) => client,
+            None => {
+                let socket = Socket::connect_unix(&self.address)
+                    .await
+                    .map_err(|error| ttrpc::Error::Socket(format!("{}: {error}", self.address)))?;
+                self.client.insert(EventsClient::new(Client::new(socket)))
+            }
+        };
+        let request = ForwardRequest { envelope: MessageField::some(envelope), ..Default::default() };
+        let timeout = context::with_duration(CALL);
+        let result = client.forward(timeout, &request).await.map(|_| ());
+        if result.is_err() {
+            self.client = None;
+        }
+        result
+    }
+}
+
+/// Forwards events until the last near end is gone and the queue is empty.
+pub async fn forward(namespace: String, mut queue: mpsc::Receiver<(SystemTime, Event)>, mut transport: impl Transport) {
+    while let Some((at, event)) = queue.recv().await {
+        let envelope = Envelope {
+            timestamp: MessageField::some(timestamp(at)),
+            namespace: namespace.clone(),
+            topic: event.topic().into(),
+            event: MessageField::some(event.any()),
+            ..Default::default()
+        };
+        let mut pause = PAUSES.0;
+        loop {
+            let error = match transport.forward(envelope.clone()).await {
+                Ok(()) => break,
+                Err(error) => error,
+            };
+            if at.elapsed().is_ok_and(|age| age > GIVE_UP) {
+                warn!(topic = event.topic(), %error, "containerd has not taken an event for five minutes: dropped");
+                break;
+            }
+            debug!(topic = event.topic(), %error, "containerd does not take an event: trying again");
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(PAUSES.1);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Flaky {
+        failures: u32,
+        taken: std::sync::mpsc::Sender<(String, String)>,
+    }
+
+    #[async_trait]
+    impl Transport for Flaky {
+        async fn forward(&mut self, envelope: Envelope) -> Result<(), ttrpc::Error> {
+            if self.failures > 0 {
+                self.failures -= 1;
+                return Err(ttrpc::Error::RemoteClosed);
+            }
+            assert!(envelope.timestamp.seconds > 0);
+            self.taken.send((envelope.topic.clone(), envelope.event.type_url.clone())).unwrap();
+            Ok(())
+        }
+    }
+
+    #[tokio::test]
+    async fn events_arrive_in_order_when_containerd_was_down_for_a_while() {
+        let (events, queue) = Events::queue();
+        let (taken, got) = std::sync::mpsc::channel();
+        events.publish(Event::Create(messages::TaskCreate::new()));
+        events.publish(Event::Start(messages::TaskStart::new()));
+        drop(events);
+
+        forward("default".into(), queue, Flaky { failures: 2, taken }).await;
+
+        let got: Vec<_> = got.iter().collect();
+        assert_eq!(
+            got,
+            [
+                ("/tasks/create".to_owned(), "containerd.events.TaskCreate".to_owned()),
+                ("/tasks/start".to_owned(), "containerd.events.TaskStart".to_owned())
+            ]
+        );
+    }
+
+    #[test]
+    fn publish_into_a_full_queue_drops_and_does_not_wait() {
+        let (events, mut queue) = Events::queue();
+        for _ in 0..QUEUE + 3 {
+            events.publish(Event::Paused(messages::TaskPaused::new()));
+        }
+        let mut kept = 0;
+        while queue.try_recv().is_ok() {
+            kept += 1;
+        }
+        assert_eq!(kept, QUEUE);
+    }
+}
