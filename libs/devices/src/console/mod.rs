@@ -20,6 +20,9 @@ pub use input::InputQueue;
 pub use reader::Reader;
 pub use writer::Writer;
 
+/// Bytes that one request or one exit may push at most; what a guest adds to it is lost.
+pub(crate) const MAX_PUSH: u64 = 256 << 10;
+
 /// Takes a console's output.
 pub trait ByteSink: Send + Sync {
     /// Takes `bytes`, always, without waiting.

@@ -1,7 +1,7 @@
 //! Recording implementations of the traits that the machine monitor implements.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use ovms_state::{Persist, Section, StateError};
 
@@ -147,4 +147,47 @@ impl<F: Persist> Persist for FunctionBus<F> {
 /// What the root complex passes on.
 fn is_config_access(offset: u64, len: usize) -> bool {
     matches!(len, 1 | 2 | 4) && offset.is_multiple_of(len as u64)
+}
+
+/// A sink that is full until it is told otherwise.
+#[derive(Debug, Default)]
+pub struct GatedSink {
+    bytes: Mutex<Vec<u8>>,
+    open: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl GatedSink {
+    /// What was pushed so far.
+    pub fn bytes(&self) -> Vec<u8> {
+        lock(&self.bytes).clone()
+    }
+
+    /// Makes room for ever.
+    pub fn open(&self) {
+        *lock(&self.open) = true;
+        self.changed.notify_all();
+    }
+}
+
+impl ByteSink for GatedSink {
+    fn push(&self, bytes: &[u8]) {
+        lock(&self.bytes).extend_from_slice(bytes);
+    }
+
+    fn is_full(&self) -> bool {
+        !*lock(&self.open)
+    }
+
+    fn wait_room(&self, stop: &dyn Fn() -> bool) {
+        let mut open = lock(&self.open);
+        while !*open && !stop() {
+            open = self.changed.wait(open).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn kick(&self) {
+        let _open = lock(&self.open);
+        self.changed.notify_all();
+    }
 }

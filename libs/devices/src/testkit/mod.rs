@@ -5,4 +5,4 @@ pub mod driver;
 mod fakes;
 pub mod virtio;
 
-pub use fakes::{CountingIrq, EventLog, FunctionBus, MsiLog, RecordingSink};
+pub use fakes::{CountingIrq, EventLog, FunctionBus, GatedSink, MsiLog, RecordingSink};

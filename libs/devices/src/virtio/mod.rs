@@ -12,17 +12,20 @@
 //! addresses are how CVE-2026-5747 happened). A queue that breaks the rules stops its device and sets
 //! DEVICE_NEEDS_RESET; the machine goes on.
 
+pub mod blk;
+pub mod console;
 pub mod pci;
 mod queue;
 mod worker;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use ovms_state::Persist;
 use thiserror::Error;
 use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::sync::lock;
 use crate::GuestMemory;
 
 pub use queue::{Segment, MAX_SEGMENTS};
@@ -134,4 +137,43 @@ pub trait MemoryDiscard: Send + Sync {
     /// Discards `len` bytes from guest physical `address` on; they read as zero (or as anything the guest may
     /// not rely on) afterwards. Both are multiples of 4096 and inside guest memory.
     fn discard(&self, address: u64, len: u64);
+}
+
+/// Device type of a block device (virtio 1.2, section 5).
+pub const TYPE_BLOCK: u32 = 2;
+/// Device type of a console.
+pub const TYPE_CONSOLE: u32 = 3;
+/// Device type of an entropy source.
+pub const TYPE_RNG: u32 = 4;
+/// Device type of a memory balloon.
+pub const TYPE_BALLOON: u32 = 5;
+
+/// Answers a read of a configuration structure; zero beyond its end.
+pub(crate) fn read_bytes(config: &[u8], offset: u64, data: &mut [u8]) {
+    data.fill(0);
+    let from = usize::try_from(offset).ok().and_then(|at| config.get(at..)).unwrap_or_default();
+    for (to, from) in data.iter_mut().zip(from) {
+        *to = *from;
+    }
+}
+
+/// Tells the driver of a changed configuration while there is one.
+#[derive(Default)]
+pub(crate) struct ConfigNotifier(Mutex<Option<Arc<dyn VirtioInterrupt>>>);
+
+impl ConfigNotifier {
+    pub(crate) fn set(&self, interrupt: Arc<dyn VirtioInterrupt>) {
+        *lock(&self.0) = Some(interrupt);
+    }
+
+    pub(crate) fn clear(&self) {
+        *lock(&self.0) = None;
+    }
+
+    pub(crate) fn notify(&self) {
+        let interrupt = lock(&self.0).clone();
+        if let Some(interrupt) = interrupt {
+            interrupt.config();
+        }
+    }
 }

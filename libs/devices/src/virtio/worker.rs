@@ -70,9 +70,13 @@ struct Control {
     hurry: AtomicBool,
 }
 
+/// Frees a worker that waits inside [`QueueWorker::serve`], so that it looks at `hurry`.
+type Nudge = Box<dyn Fn() + Send + Sync>;
+
 /// The handle of a worker thread. Dropping it ends the thread.
 pub(crate) struct Worker {
     control: Arc<Control>,
+    nudge: Option<Nudge>,
     /// Held during a call, so that commands do not overtake each other.
     calls: Mutex<()>,
     thread: Option<JoinHandle<()>>,
@@ -91,7 +95,13 @@ impl Worker {
             let _end = AtEnd(Arc::clone(&own));
             Thread { control: &own, work, active: None, paused: false }.run();
         })?;
-        Ok(Self { control, calls: Mutex::new(()), thread: Some(thread) })
+        Ok(Self { control, nudge: None, calls: Mutex::new(()), thread: Some(thread) })
+    }
+
+    /// Sets what frees the worker from a wait of its own; called after `hurry` is set.
+    pub(crate) fn with_nudge(mut self, nudge: impl Fn() + Send + Sync + 'static) -> Self {
+        self.nudge = Some(Box::new(nudge));
+        self
     }
 
     pub(crate) fn activate(&self, state: ActiveState) -> Result<(), ActivateError> {
@@ -118,6 +128,9 @@ impl Worker {
         slot.reply = None;
         self.control.hurry.store(true, Ordering::Release);
         let _ = self.control.wake.write(1);
+        if let Some(nudge) = &self.nudge {
+            nudge();
+        }
         while slot.reply.is_none() && !slot.dead {
             slot = self.control.changed.wait(slot).unwrap_or_else(PoisonError::into_inner);
         }

@@ -167,6 +167,17 @@ fn broken_chain_needs_reset_and_the_next_start_works() {
 }
 
 #[test]
+fn available_index_out_of_range_needs_reset() {
+    let mut driver = Driver::ready(Echo::new(), 0);
+    for index in [QUEUE_SIZE + 1, 0x8000, u16::MAX] {
+        driver.set_avail_index(0, index);
+        driver.kick(0);
+        assert!(driver.wait_for(Driver::broken), "{index}");
+        driver.start(0);
+    }
+}
+
+#[test]
 fn writes_to_a_live_queue_change_nothing() {
     let mut driver = Driver::ready(Echo::new(), 0);
     driver.write(0x16, 2, 0);

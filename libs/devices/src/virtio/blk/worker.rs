@@ -1,0 +1,52 @@
+//! Serves one queue of a block device.
+
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::Arc;
+
+use super::device::FLUSH;
+use super::request::{Executor, Failure, ID_BYTES};
+use super::BlockBackend;
+use crate::virtio::queue::{QueueError, Turn, VirtQueue};
+use crate::virtio::worker::QueueWorker;
+
+/// Backend errors that one device writes to the log; a guest can provoke as many as it likes.
+const LOGGED_ERRORS: u32 = 16;
+
+/// What the workers of one device share.
+pub(super) struct Shared {
+    pub(super) backend: Arc<dyn BlockBackend>,
+    pub(super) id: [u8; ID_BYTES],
+    pub(super) errors: AtomicU32,
+}
+
+pub(super) struct BlockWorker {
+    shared: Arc<Shared>,
+    write_through: bool,
+}
+
+impl BlockWorker {
+    pub(super) fn new(shared: Arc<Shared>) -> Self {
+        Self { shared, write_through: true }
+    }
+}
+
+impl QueueWorker for BlockWorker {
+    fn activated(&mut self, features: u64) {
+        self.write_through = features & FLUSH == 0;
+    }
+
+    fn serve(&mut self, queues: &mut [VirtQueue], at: usize, hurry: &AtomicBool) -> Result<Turn, QueueError> {
+        let shared = &self.shared;
+        let executor = Executor { backend: shared.backend.as_ref(), id: &shared.id, write_through: self.write_through };
+        let Some(queue) = queues.get_mut(at) else { return Ok(Turn::Idle) };
+        queue.serve(hurry, |mem, request| {
+            let (written, failure) = executor.execute(mem, request)?;
+            if let Some(Failure::Backend(error)) = failure {
+                if shared.errors.fetch_add(1, Ordering::Relaxed) < LOGGED_ERRORS {
+                    tracing::warn!(error = &error as &dyn std::error::Error, "a request to the disk failed");
+                }
+            }
+            Ok(written)
+        })
+    }
+}
