@@ -145,11 +145,6 @@ impl Vm {
         self.kvm.check_extension(Cap::TscDeadlineTimer)
     }
 
-    /// Size of a processor's extended state in bytes, if KVM_GET_XSAVE2 is there; 4096 suffice otherwise.
-    pub fn xsave2_size(&self) -> Option<usize> {
-        usize::try_from(self.fd.check_extension_int(Cap::Xsave2)).ok().filter(|size| *size > 0)
-    }
-
     /// The VM itself, for interrupts and ioeventfds.
     pub fn fd(&self) -> &VmFd {
         &self.fd

@@ -26,6 +26,7 @@ pub mod machine;
 pub mod mailbox;
 pub mod memory;
 pub mod report;
+pub mod seccomp;
 pub mod timeline;
 pub mod transition;
 pub mod vcpu;

@@ -6,7 +6,7 @@ use std::process::exit;
 use std::sync::Arc;
 
 use ovms_config::vm::{VmConfig, VmConfigError, VmSpec};
-use ovms_devices::threads::Spawner;
+use ovms_devices::threads::{Spawner, ThreadKind as DeviceThread};
 use ovms_proto::control::FromVmm;
 use ovms_proto::{Channel, ChannelError};
 use ovms_vmm::boot::Payload;
@@ -17,6 +17,7 @@ use ovms_vmm::machine::{BuildError, Machine, ThreadStart};
 use ovms_vmm::mailbox::Mailbox;
 use ovms_vmm::memory::{MemoryError, Ram};
 use ovms_vmm::report;
+use ovms_vmm::seccomp::{Filters, SeccompError, ThreadKind};
 use ovms_vmm::timeline::Recorder;
 use thiserror::Error;
 
@@ -38,6 +39,8 @@ enum StartError {
     Memory(#[from] MemoryError),
     #[error("the walls around the VMM cannot be put up")]
     Jail(#[from] JailError),
+    #[error("the walls around the VMM's threads cannot be put up")]
+    Seccomp(#[from] SeccompError),
     #[error("the owner cannot be told anything")]
     Mailbox(#[source] std::io::Error),
     #[error("the machine cannot be built")]
@@ -89,8 +92,35 @@ fn start(channel: &Channel, mut timeline: Recorder) -> Result<(Machine, Mailbox,
         cmdline: config.boot.cmdline.clone(),
     };
     let (mail, mailbox) = Mailbox::new().map_err(StartError::Mailbox)?;
-    let threads = ThreadStart { device: Spawner::default(), vcpu: Arc::new(|| {}) };
-    let machine = Machine::build(&spec, &mut fds, ram, mail, &threads, &mut timeline)?;
+    let filters = Arc::new(Filters::compile()?);
+    timeline.passed("filters");
+    let machine = Machine::build(&spec, &mut fds, ram, mail, &thread_start(&filters), &mut timeline)?;
+    drop(fds);
+    filters.install(ThreadKind::Loader)?;
     machine.boot(payload, &mut timeline)?;
+    filters.install(ThreadKind::Main)?;
     Ok((machine, mailbox, timeline))
+}
+
+/// What each new thread does first: it puts itself behind the filter of its kind.
+fn thread_start(filters: &Arc<Filters>) -> ThreadStart {
+    let (devices, vcpus) = (Arc::clone(filters), Arc::clone(filters));
+    let device = Spawner::new(move |kind| {
+        install(
+            &devices,
+            match kind {
+                DeviceThread::Block => ThreadKind::Block,
+                DeviceThread::ConsoleReader | DeviceThread::ConsoleWriter | DeviceThread::Device => ThreadKind::Console,
+            },
+        );
+    });
+    ThreadStart { device, vcpu: Arc::new(move || install(&vcpus, ThreadKind::Vcpu)) }
+}
+
+/// A thread without its filter must not live, and nobody is there to take its error.
+fn install(filters: &Filters, kind: ThreadKind) {
+    if let Err(err) = filters.install(kind) {
+        tracing::error!("{}", report::chain(&err));
+        exit(STATUS_NOT_BUILT);
+    }
 }

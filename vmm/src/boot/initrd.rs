@@ -1,7 +1,7 @@
 //! The initial RAM disk: as high as the kernel can reach, so that it does not stand in the kernel's way.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Seek};
 
 use vm_memory::{Bytes, GuestAddress};
 
@@ -31,6 +31,7 @@ pub(super) fn load(ram: &Ram, mut file: File, kernel_end: u64, limit: u64) -> Re
         return Err(no_fit());
     }
     let length = usize::try_from(size).map_err(|_| no_fit())?;
+    file.rewind().map_err(failed)?;
     ram.memory()
         .read_exact_volatile_from(GuestAddress(address), &mut file, length)
         .map_err(|err| failed(io::Error::other(err)))?;

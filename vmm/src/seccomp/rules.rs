@@ -69,17 +69,50 @@ const BLOCK: &[i64] = &[
 const CONSOLE: &[i64] =
     &[libc::SYS_epoll_wait, libc::SYS_fallocate, libc::SYS_getrandom, libc::SYS_poll, libc::SYS_ppoll, libc::SYS_readv];
 
-/// `KVM_RUN` and what a vCPU thread does between two runs (numbers: the kernel's include/uapi/linux/kvm.h).
-const VCPU_IOCTLS: &[u64] = &[
-    0xae80,      // KVM_RUN
-    0x4020_aea5, // KVM_SIGNAL_MSI
+/// Reading kernel and initrd into guest memory, beside what the owner does anyway.
+const LOADER: &[i64] = &[libc::SYS_fstat, libc::SYS_lseek, libc::SYS_pread64, libc::SYS_statx];
+
+// Numbers: the kernel's include/uapi/linux/kvm.h.
+const KVM_GET_SUPPORTED_CPUID: u64 = 0xc008_ae05;
+const KVM_CHECK_EXTENSION: u64 = 0xae03;
+const KVM_RUN: u64 = 0xae80;
+const KVM_GET_REGS: u64 = 0x8090_ae81;
+const KVM_SET_REGS: u64 = 0x4090_ae82;
+const KVM_GET_SREGS: u64 = 0x8138_ae83;
+const KVM_SET_SREGS: u64 = 0x4138_ae84;
+const KVM_SET_MSRS: u64 = 0x4008_ae89;
+const KVM_GET_LAPIC: u64 = 0x8400_ae8e;
+const KVM_SET_LAPIC: u64 = 0x4400_ae8f;
+const KVM_SET_CPUID2: u64 = 0x4008_ae90;
+const KVM_SET_GSI_ROUTING: u64 = 0x4008_ae6a;
+const KVM_IOEVENTFD: u64 = 0x4040_ae79;
+const KVM_SIGNAL_MSI: u64 = 0x4020_aea5;
+
+/// Runs the guest; its writes move interrupt routes and doorbells.
+const VCPU_IOCTLS: &[u64] = &[KVM_RUN, KVM_GET_REGS, KVM_SET_GSI_ROUTING, KVM_IOEVENTFD, KVM_SIGNAL_MSI];
+
+/// Sets the processors up, and interrupts (the power button) once it owns the machine.
+const LOADER_IOCTLS: &[u64] = &[
+    KVM_GET_SUPPORTED_CPUID,
+    KVM_CHECK_EXTENSION,
+    KVM_SET_REGS,
+    KVM_GET_SREGS,
+    KVM_SET_SREGS,
+    KVM_SET_MSRS,
+    KVM_GET_LAPIC,
+    KVM_SET_LAPIC,
+    KVM_SET_CPUID2,
+    KVM_SIGNAL_MSI,
 ];
+
+/// Every device may interrupt.
+const DEVICE_IOCTLS: &[u64] = &[KVM_SIGNAL_MSI];
 
 /// The rules of one kind of thread.
 pub(super) fn of(kind: ThreadKind) -> Result<Rules, BackendError> {
     let mut rules = Rules::new();
     let own = match kind {
-        ThreadKind::Main => MAIN,
+        ThreadKind::Loader | ThreadKind::Main => MAIN,
         ThreadKind::Vcpu => VCPU,
         ThreadKind::Block => BLOCK,
         ThreadKind::Console => CONSOLE,
@@ -87,15 +120,22 @@ pub(super) fn of(kind: ThreadKind) -> Result<Rules, BackendError> {
     for number in EVERY_THREAD.iter().chain(own) {
         rules.insert(*number, Vec::new());
     }
+    if kind == ThreadKind::Loader {
+        // What it installs last is the filter it keeps.
+        for number in LOADER.iter().chain(&[libc::SYS_seccomp, libc::SYS_prctl]) {
+            rules.insert(*number, Vec::new());
+        }
+    }
+    // The standard library asks before each close, in builds with checks, whether the descriptor is open.
+    rules.insert(libc::SYS_fcntl, one_of(1, &[libc::F_GETFD as u64])?);
     rules.insert(libc::SYS_mmap, not_executable()?);
     rules.insert(libc::SYS_mprotect, not_executable()?);
     let ioctls = match kind {
         ThreadKind::Vcpu => VCPU_IOCTLS,
-        _ => &[],
+        ThreadKind::Loader => LOADER_IOCTLS,
+        ThreadKind::Main | ThreadKind::Block | ThreadKind::Console => DEVICE_IOCTLS,
     };
-    if !ioctls.is_empty() {
-        rules.insert(libc::SYS_ioctl, one_of(1, ioctls)?);
-    }
+    rules.insert(libc::SYS_ioctl, one_of(1, ioctls)?);
     Ok(rules)
 }
 

@@ -1,1 +1,214 @@
 //! What a snapshot keeps of a processor.
+//!
+//! The order of calls is not free: KVM_GET_MP_STATE settles events that are under way, so it comes before registers;
+//! events come last on both sides, since registers and the local APIC change them; the TSC-deadline MSR is set after
+//! the local APIC that it arms (Documentation/virt/kvm/api.rst).
+
+use std::sync::Arc;
+
+use kvm_bindings::{
+    kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
+    kvm_xsave, Msrs,
+};
+use kvm_ioctls::VcpuFd;
+use ovms_state::{Persist, Section, StateError};
+use serde::{Deserialize, Serialize};
+
+use super::Vcpu;
+
+const KIND: &str = "vcpu";
+const VERSION: u32 = 1;
+/// Most MSRs in one call: the kernel refuses more (`MAX_IO_MSRS` of arch/x86/kvm/x86.c is 256).
+const MSR_BATCH: usize = 200;
+const MSR_TSC_DEADLINE: u32 = 0x6e0;
+
+#[derive(Serialize, Deserialize)]
+struct VcpuV1 {
+    mp_state: kvm_mp_state,
+    regs: kvm_regs,
+    sregs: kvm_sregs,
+    xsave: kvm_xsave,
+    xcrs: kvm_xcrs,
+    debug: kvm_debugregs,
+    apic: kvm_lapic_state,
+    /// Index and value, in the order of the host's list.
+    msrs: Vec<(u32, u64)>,
+    events: kvm_vcpu_events,
+}
+
+/// A processor as a part that can be saved. It must stand.
+pub struct VcpuPart {
+    vcpu: Vcpu,
+    /// What this host's KVM has of MSRs.
+    known_msrs: Arc<[u32]>,
+}
+
+impl VcpuPart {
+    /// The processor, on a host with these MSRs.
+    pub fn new(vcpu: Vcpu, known_msrs: Arc<[u32]>) -> Self {
+        Self { vcpu, known_msrs }
+    }
+
+    fn kind(&self) -> String {
+        format!("{KIND}/{}", self.vcpu.index())
+    }
+}
+
+fn failed(call: &'static str) -> impl FnOnce(vmm_sys_util::errno::Error) -> StateError {
+    move |err| StateError::Invalid { kind: KIND, what: format!("{call}: {err}") }
+}
+
+/// The section's kind is `vcpu/` and the processor's number.
+impl Persist for VcpuPart {
+    fn save(&self) -> Result<Section, StateError> {
+        let fd = self.vcpu.lock();
+        let state = VcpuV1 {
+            mp_state: fd.get_mp_state().map_err(failed("KVM_GET_MP_STATE"))?,
+            regs: fd.get_regs().map_err(failed("KVM_GET_REGS"))?,
+            sregs: fd.get_sregs().map_err(failed("KVM_GET_SREGS"))?,
+            xsave: fd.get_xsave().map_err(failed("KVM_GET_XSAVE"))?,
+            xcrs: fd.get_xcrs().map_err(failed("KVM_GET_XCRS"))?,
+            debug: fd.get_debug_regs().map_err(failed("KVM_GET_DEBUGREGS"))?,
+            apic: fd.get_lapic().map_err(failed("KVM_GET_LAPIC"))?,
+            msrs: read_msrs(&fd, &self.known_msrs)?,
+            events: fd.get_vcpu_events().map_err(failed("KVM_GET_VCPU_EVENTS"))?,
+        };
+        let section = Section::encode(KIND, VERSION, &state)?;
+        Ok(Section { kind: self.kind(), ..section })
+    }
+
+    /// KVM checks what registers may hold; which MSRs may be set is checked here. The processor's CPUID must be set
+    /// already, as it is after the machine was built.
+    fn restore(&self, section: &Section) -> Result<(), StateError> {
+        if section.kind != self.kind() {
+            return Err(StateError::WrongKind { expected: KIND, found: section.kind.clone() });
+        }
+        let state: VcpuV1 = Section { kind: KIND.into(), ..section.clone() }.decode(KIND, VERSION)?;
+        if let Some((index, _)) = state.msrs.iter().find(|(index, _)| !self.known_msrs.contains(index)) {
+            return Err(StateError::Invalid { kind: KIND, what: format!("MSR {index:#x} that this host does not have") });
+        }
+        if state.msrs.len() > self.known_msrs.len() {
+            return Err(StateError::Invalid { kind: KIND, what: format!("{} MSRs", state.msrs.len()) });
+        }
+        let fd = self.vcpu.lock();
+        fd.set_mp_state(state.mp_state).map_err(failed("KVM_SET_MP_STATE"))?;
+        fd.set_regs(&state.regs).map_err(failed("KVM_SET_REGS"))?;
+        fd.set_sregs(&state.sregs).map_err(failed("KVM_SET_SREGS"))?;
+        // SAFETY: without permission for dynamic features, which this process never asks for, KVM reads exactly the
+        // 4096 bytes of the structure.
+        unsafe { fd.set_xsave(&state.xsave) }.map_err(failed("KVM_SET_XSAVE"))?;
+        fd.set_xcrs(&state.xcrs).map_err(failed("KVM_SET_XCRS"))?;
+        fd.set_debug_regs(&state.debug).map_err(failed("KVM_SET_DEBUGREGS"))?;
+        fd.set_lapic(&state.apic).map_err(failed("KVM_SET_LAPIC"))?;
+        let (deadline, others): (Vec<_>, Vec<_>) =
+            state.msrs.into_iter().partition(|(index, _)| *index == MSR_TSC_DEADLINE);
+        write_msrs(&fd, &others)?;
+        write_msrs(&fd, &deadline)?;
+        fd.set_vcpu_events(&state.events).map_err(failed("KVM_SET_VCPU_EVENTS"))
+    }
+}
+
+/// Reads the MSRs that this processor has out of those that KVM knows.
+fn read_msrs(fd: &VcpuFd, indices: &[u32]) -> Result<Vec<(u32, u64)>, StateError> {
+    let mut values = Vec::with_capacity(indices.len());
+    let mut rest = indices;
+    while !rest.is_empty() {
+        let batch = rest.get(..MSR_BATCH).unwrap_or(rest);
+        let entries: Vec<_> = batch.iter().map(|index| kvm_msr_entry { index: *index, ..Default::default() }).collect();
+        let mut msrs = wrap(&entries)?;
+        let count = fd.get_msrs(&mut msrs).map_err(failed("KVM_GET_MSRS"))?;
+        values.extend(msrs.as_slice().iter().take(count).map(|entry| (entry.index, entry.data)));
+        // KVM stops at the first one that this processor's CPUID hides: that one is left out.
+        let taken = if count < batch.len() { count + 1 } else { count };
+        rest = rest.get(taken..).unwrap_or_default();
+    }
+    Ok(values)
+}
+
+fn write_msrs(fd: &VcpuFd, values: &[(u32, u64)]) -> Result<(), StateError> {
+    let mut rest = values;
+    while !rest.is_empty() {
+        let batch = rest.get(..MSR_BATCH).unwrap_or(rest);
+        let entries: Vec<_> =
+            batch.iter().map(|(index, data)| kvm_msr_entry { index: *index, data: *data, ..Default::default() }).collect();
+        let count = fd.set_msrs(&wrap(&entries)?).map_err(failed("KVM_SET_MSRS"))?;
+        let taken = match batch.get(count) {
+            None => count,
+            // Some can be read but not written, unless they hold what they have after power-on.
+            Some((_, 0)) => count + 1,
+            Some((index, value)) => {
+                let what = format!("MSR {index:#x} cannot be set to {value:#x}");
+                return Err(StateError::Invalid { kind: KIND, what });
+            }
+        };
+        rest = rest.get(taken..).unwrap_or_default();
+    }
+    Ok(())
+}
+
+fn wrap(entries: &[kvm_msr_entry]) -> Result<Msrs, StateError> {
+    Msrs::from_entries(entries).map_err(|_| StateError::Invalid { kind: KIND, what: "too many MSRs".into() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpuid::{self, Topology};
+    use crate::kvm::Vm;
+    use crate::memory::Ram;
+    use crate::vcpu::regs;
+    use std::fs::File;
+
+    const MSR_TSC: u32 = 0x10;
+
+    fn part(index: u8) -> VcpuPart {
+        let ram = Ram::map(32 << 20).unwrap();
+        let kvm = File::options().read(true).write(true).open("/dev/kvm").unwrap();
+        let vm = Vm::new(kvm.into(), &ram).unwrap();
+        let vcpu = Vcpu::new(&vm, index).unwrap();
+        let topology = Topology { vcpus: 2, tsc_deadline: vm.has_tsc_deadline_timer() };
+        vcpu.lock().set_cpuid2(&cpuid::for_vcpu(&vm.supported_cpuid().unwrap(), topology, index)).unwrap();
+        regs::set_common(&vcpu.lock()).unwrap();
+        VcpuPart::new(vcpu, vm.msr_indices().unwrap().into())
+    }
+
+    /// The state, without the clock that goes on meanwhile.
+    fn still(section: &Section) -> serde_json::Value {
+        let mut state: serde_json::Value = serde_json::from_slice(&section.payload).unwrap();
+        let msrs = state["msrs"].as_array_mut().unwrap();
+        msrs.retain(|entry| entry[0] != MSR_TSC);
+        assert!(msrs.len() > 10);
+        state
+    }
+
+    #[test]
+    #[ignore = "needs /dev/kvm"]
+    fn restored_processor_saves_what_it_was_given() {
+        let original = part(1);
+        let mut registers = original.vcpu.lock().get_regs().unwrap();
+        (registers.rax, registers.rip, registers.r15) = (0x1234, 0x10_0000, 0xdead);
+        original.vcpu.lock().set_regs(&registers).unwrap();
+        let mut apic = original.vcpu.lock().get_lapic().unwrap();
+        apic.regs[0x80] = 0x20;
+        original.vcpu.lock().set_lapic(&apic).unwrap();
+        let saved = original.save().unwrap();
+        assert_eq!(saved.kind, "vcpu/1");
+        let other = part(1);
+        assert_ne!(still(&other.save().unwrap()), still(&saved));
+        other.restore(&saved).unwrap();
+        assert_eq!(still(&other.save().unwrap()), still(&saved));
+    }
+
+    #[test]
+    #[ignore = "needs /dev/kvm"]
+    fn restore_of_another_processor_or_a_foreign_msr_is_refused() {
+        let part = part(0);
+        let mut saved = part.save().unwrap();
+        let mut state: VcpuV1 = serde_json::from_slice(&saved.payload).unwrap();
+        state.msrs.push((0xdead_beef, 1));
+        saved.payload = serde_json::to_vec(&state).unwrap();
+        assert!(part.restore(&saved).unwrap_err().to_string().contains("0xdeadbeef"));
+        saved.kind = "vcpu/1".into();
+        assert!(matches!(part.restore(&saved), Err(StateError::WrongKind { .. })));
+    }
+}
