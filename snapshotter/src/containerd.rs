@@ -50,7 +50,8 @@ impl Scope {
         Ok(Self { namespace: Some(namespace), lease: None })
     }
 
-    fn request<T>(&self, message: T) -> Request<T> {
+    /// A request on this behalf.
+    pub fn request<T>(&self, message: T) -> Request<T> {
         let mut request = Request::new(message);
         for (key, value) in [(NAMESPACE, &self.namespace), (LEASE, &self.lease)] {
             if let Some(value) = value {
@@ -76,7 +77,8 @@ impl Containerd {
         Ok(Self { channel: endpoint.connect_lazy() })
     }
 
-    fn content(&self) -> ContentClient<Channel> {
+    /// The content service.
+    pub fn content(&self) -> ContentClient<Channel> {
         ContentClient::new(self.channel.clone())
             .max_decoding_message_size(MAX_MESSAGE)
             .max_encoding_message_size(MAX_MESSAGE)

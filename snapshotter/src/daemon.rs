@@ -7,6 +7,7 @@ use ovms_config::Settings;
 
 use crate::containerd::Containerd;
 use crate::error::{Context, Error, Result};
+use crate::keyed::Keyed;
 use crate::layout::{self, Layout};
 use crate::mounts::OverlayOptions;
 use crate::store::{Chain, Content, Kind, NewSnapshot, Record, Store, Usage};
@@ -25,6 +26,8 @@ pub struct Daemon {
     pub containerd: Containerd,
     /// The operator's settings.
     pub settings: Settings,
+    /// Work that must not happen twice at once.
+    pub keyed: Keyed,
 }
 
 impl Daemon {
@@ -33,7 +36,7 @@ impl Daemon {
         let layout = Layout::open(root)?;
         let store = Store::open(&layout.store())?;
         let containerd = Containerd::new(&settings.paths.containerd_socket)?;
-        let daemon = Self { layout, store, overlay: OverlayOptions::probe(), containerd, settings };
+        let daemon = Self { layout, store, overlay: OverlayOptions::probe(), containerd, settings, keyed: Keyed::default() };
         daemon.cleanup()?;
         Ok(Arc::new(daemon))
     }

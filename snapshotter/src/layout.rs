@@ -52,11 +52,6 @@ impl Layout {
         Ok(layout)
     }
 
-    /// The root itself, without symbolic links.
-    pub fn root(&self) -> &Path {
-        &self.root
-    }
-
     /// The metadata store.
     pub fn store(&self) -> PathBuf {
         self.root.join("metadata.redb")
@@ -130,6 +125,16 @@ impl Layout {
     }
 }
 
+/// The data file of the top in a snapshot's directory.
+pub fn top_data(snapshot: &Path) -> PathBuf {
+    snapshot.join("top").join("data")
+}
+
+/// The map file of the top in a snapshot's directory.
+pub fn top_map(snapshot: &Path) -> PathBuf {
+    snapshot.join("top").join("map")
+}
+
 /// Makes a directory with exactly this mode, whatever the umask.
 fn make_dir(path: &Path, mode: u32, parents: bool) -> io::Result<()> {
     if parents && path.is_dir() {
@@ -174,7 +179,7 @@ mod tests {
         let layout = Layout::open(dir.path()).unwrap();
         assert_eq!(layout.number_of(&layout.fs(12)), Some(12));
         for other in ["s/12", "s/12/fs/x", "s/012/fs", "s/x/fs", "blobs/12/fs", "s/1/2/fs"] {
-            assert_eq!(layout.number_of(&layout.root().join(other)), None, "{other}");
+            assert_eq!(layout.number_of(&layout.root.join(other)), None, "{other}");
         }
     }
 

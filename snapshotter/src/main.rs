@@ -16,6 +16,7 @@ mod daemon;
 mod diff;
 mod error;
 mod filter;
+mod keyed;
 mod layout;
 mod listen;
 mod machine;
@@ -25,6 +26,7 @@ mod proto;
 mod snapshots;
 mod store;
 mod untar;
+mod upload;
 mod usage;
 
 use std::path::PathBuf;
@@ -88,6 +90,10 @@ enum LogFormat {
 }
 
 fn main() -> ExitCode {
+    // The layer worker is this program started again.
+    if let Some(code) = ovms_bundle::worker::intercept() {
+        return code;
+    }
     let args = Args::parse();
     match run(args) {
         Ok(()) => ExitCode::SUCCESS,
@@ -153,7 +159,8 @@ async fn serve(sockets: Sockets, root: PathBuf, settings: Settings) -> Result<()
                 let _sender_gone = stopped.wait_for(|stop| *stop).await;
             }),
     );
-    let bundles = tokio::spawn(bundle::serve(bundle, daemon, stopping));
+    let bundles = tokio::spawn(bundle::serve(bundle, Arc::clone(&daemon), stopping));
+    tokio::spawn(machine::resume(daemon));
     tracing::info!(root = %root.display(), version = env!("CARGO_PKG_VERSION"), "serving");
     if let Err(err) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
         tracing::debug!(error = %err, "the service manager cannot be told");

@@ -110,7 +110,7 @@ mod tests {
         };
         let made = mounts(&layout, &OverlayOptions(vec!["index=off".into()]), &chain);
         assert_eq!(made.len(), 1);
-        let root = format!("{}/s/", layout.root().display());
+        let root = format!("{}/", layout.snapshots().display());
         let short = |text: &String| text.replace(&root, "");
         (made[0].r#type.clone(), short(&made[0].source), made[0].options.iter().map(short).collect())
     }

@@ -11,6 +11,7 @@ use crate::daemon::Daemon;
 use crate::error::{Error, Kind as ErrorKind, Result};
 use crate::filter::{Fields, Filters};
 use crate::layout;
+use crate::machine;
 use crate::mounts;
 use crate::proto::snapshots::snapshots_server::Snapshots;
 use crate::proto::snapshots::{
@@ -20,7 +21,7 @@ use crate::proto::snapshots::{
     UsageResponse, ViewSnapshotRequest, ViewSnapshotResponse,
 };
 use crate::proto::types::Mount;
-use crate::store::{Kind, NewSnapshot, Record, Time};
+use crate::store::{Content, Kind, Layer, NewSnapshot, Record, Time};
 
 /// Snapshots in one message of a `List` answer, as containerd's own service sends them.
 const LIST_BATCH: usize = 100;
@@ -80,12 +81,19 @@ impl Snapshots for SnapshotsService {
         if name.is_empty() {
             return Err(Error::invalid("a committed snapshot needs a name").into());
         }
-        self.0
+        let record = self
+            .0
             .blocking(move |daemon| {
                 let labels = labels.into_iter().collect();
-                daemon.store.commit(&key, &name, &parent, labels, |_, _| Ok(()))
+                let look = |record: &mut Record, below: Option<&Record>| machine::at_commit(daemon, record, below);
+                daemon.store.commit(&key, &name, &parent, labels, look)
             })
             .await?;
+        if record.content == Content::Machine(Layer::Unpacked) {
+            // Whoever needs the layer waits for it; what goes wrong is recorded with the snapshot.
+            let daemon = Arc::clone(&self.0);
+            tokio::spawn(async move { machine::finish(&daemon, record.number, &|_| ()).await });
+        }
         Ok(Response::new(()))
     }
 

@@ -1,19 +1,132 @@
-//! Snapshots that belong to a machine.
+//! Snapshots that belong to a machine: disk layers in block-stack form, descriptors, and tops.
+//!
+//! ```text
+//!  Apply of ours ──worker──────────────────> layer/ ─┐
+//!  Apply of another differ ──> fs/ovm/disk.*         │    Resolve: wait for every layer, find the descriptor, copy
+//!       Commit: recognised, marked "unpacked"        ├──> kernel and initrd, make the top, write bundle.json
+//!       beside the pull ──worker───────────> layer/ ─┤
+//!  Commit of a container: its top ─────────> layer/ ─┘
+//! ```
+//! A layer's directory is made elsewhere and renamed, so it is there whole or not at all:
+//!
+//! | file | what |
+//! | --- | --- |
+//! | `layer.json` | [`Layer`]: what the layer is |
+//! | `data`, `map` | the disk layer, if it holds one (`ovms_bundle::layer`) |
+//! | `table` | the disk's table through this layer, if it holds a disk layer |
+//! | `manifest.json` | the descriptor, if it holds one |
 
-use std::sync::Arc;
+mod commit;
+mod copies;
+mod diff;
+mod image;
+mod resolve;
+mod unpack;
 
-use crate::containerd::Scope;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use ovms_artifact::digest::Digest;
+use ovms_artifact::manifest::{DiskFormat, Manifest};
+use serde::{Deserialize, Serialize};
+
 use crate::daemon::Daemon;
-use crate::error::{Error, Result};
-use crate::ordinary::Applied;
-use crate::proto::diff::DiffRequest;
-use crate::proto::types::Descriptor;
+use crate::error::{Context, Error, Result};
 use crate::store::Chain;
 
-pub async fn apply(_daemon: &Arc<Daemon>, _scope: &Scope, _of: &Descriptor, _chain: &Chain) -> Result<Applied> {
-    Err(Error::internal("machines are not served yet"))
+pub use commit::at_commit;
+pub use diff::diff;
+pub use resolve::resolve;
+pub use unpack::{apply, finish, resume};
+
+/// Name of [`Layer`] in a layer's directory.
+const LAYER: &str = "layer.json";
+/// Name of the table in a layer's directory.
+const TABLE: &str = "table";
+/// Name of the descriptor in a layer's directory.
+const MANIFEST: &str = "manifest.json";
+
+/// What a layer is, as `layer.json` says.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+struct Layer {
+    /// Digest of the decompressed layer, where we read it ourselves.
+    diff_id: Option<Digest>,
+    /// Its disk layer.
+    disk: Option<LayerDisk>,
 }
 
-pub async fn diff(_daemon: &Arc<Daemon>, _scope: &Scope, _request: DiffRequest, _chain: &Chain) -> Result<Descriptor> {
-    Err(Error::internal("machines are not served yet"))
+/// The disk layer of a layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+struct LayerDisk {
+    /// The format it came in; none for a committed top, which never had one.
+    format: Option<DiskFormat>,
+    /// Size of the disk in bytes.
+    virtual_size: u64,
+}
+
+/// A layer that is ready, and where it lies.
+#[derive(Clone, Debug)]
+struct ReadyLayer {
+    dir: PathBuf,
+    info: Layer,
+}
+
+impl ReadyLayer {
+    fn table(&self) -> PathBuf {
+        self.dir.join(TABLE)
+    }
+
+    /// The descriptor, if this layer holds one.
+    fn manifest(&self) -> Result<Option<Manifest>> {
+        let path = self.dir.join(MANIFEST);
+        if !path.exists() {
+            return Ok(None);
+        }
+        let failed = || format!("cannot use the descriptor {}", path.display());
+        let bytes = fs::read(&path).context(failed)?;
+        Manifest::from_slice(&bytes).context(failed).map(Some)
+    }
+}
+
+/// The directory of a snapshot's layer.
+fn layer_dir(daemon: &Daemon, number: u64) -> PathBuf {
+    daemon.layout.snapshot(number).join("layer")
+}
+
+/// The ready layers of a chain's parents, base first. Snapshots that add nothing are left out.
+fn layers_below(daemon: &Daemon, chain: &Chain) -> Result<Vec<ReadyLayer>> {
+    chain.parents.iter().rev().filter_map(|parent| layer_of(daemon, parent.number).transpose()).collect()
+}
+
+fn layer_of(daemon: &Daemon, number: u64) -> Result<Option<ReadyLayer>> {
+    let dir = layer_dir(daemon, number);
+    let path = dir.join(LAYER);
+    let text = match fs::read(&path) {
+        Err(err) if err.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        read => read.context(|| format!("cannot read {}", path.display()))?,
+    };
+    let info = serde_json::from_slice(&text).context(|| format!("the layer record {} is damaged", path.display()))?;
+    Ok(Some(ReadyLayer { dir, info }))
+}
+
+/// The topmost layer with a disk: its table is that of the whole disk.
+fn disk_below(layers: &[ReadyLayer]) -> Option<(&ReadyLayer, LayerDisk)> {
+    layers.iter().rev().find_map(|layer| layer.info.disk.map(|disk| (layer, disk)))
+}
+
+/// Writes a small file into a directory that is being made.
+fn write(dir: &Path, name: &str, bytes: &[u8]) -> Result<()> {
+    let path = dir.join(name);
+    let write = || -> std::io::Result<()> {
+        fs::write(&path, bytes)?;
+        crate::layout::sync(&path)
+    };
+    write().context(|| format!("cannot write {}", path.display()))
+}
+
+/// What a layer or a descriptor of an image is refused with.
+fn refused(what: impl Into<String>, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Error {
+    Error::invalid(what).because(source)
 }
