@@ -14,6 +14,7 @@ use crate::mailbox::{Mail, Mailbox};
 use crate::report;
 use crate::timeline::Recorder;
 use crate::transition::{self, Action, Input, Refused};
+use crate::wiring::FreezeError;
 
 /// How long a guest's last console output may take to be written, when nobody reads it.
 const CONSOLE_DEADLINE: Duration = Duration::from_secs(5);
@@ -23,6 +24,8 @@ const CONSOLE_DEADLINE: Duration = Duration::from_secs(5);
 enum CommandError {
     #[error("the machine cannot do that now")]
     Refused(#[from] Refused),
+    #[error("the disk is as it was")]
+    Freeze(#[from] FreezeError),
     #[error("{0} is not part of this machine")]
     NoDevice(&'static str),
 }
@@ -79,7 +82,7 @@ impl Owner {
         self.say(&FromVmm::Reply { id: request.id, result });
     }
 
-    fn apply(&mut self, command: &Command, _fds: Vec<OwnedFd>) -> Result<Answer, CommandError> {
+    fn apply(&mut self, command: &Command, fds: Vec<OwnedFd>) -> Result<Answer, CommandError> {
         match command {
             Command::Run => self.transit(Input::Run)?,
             Command::Pause => self.transit(Input::Pause)?,
@@ -89,8 +92,14 @@ impl Owner {
                 self.machine.devices().pm.press_power_button();
             }
             Command::Balloon { .. } => return Err(CommandError::NoDevice("a balloon")),
-            Command::ResizeConsole { .. } => return Err(CommandError::NoDevice("a virtio console")),
-            Command::FreezeDisk { .. } => return Err(CommandError::NoDevice("this disk")),
+            Command::ResizeConsole { columns, rows } => {
+                self.transit(Input::Tell)?;
+                self.machine.devices().virtio_console.resize(*columns, *rows);
+            }
+            Command::FreezeDisk { disk } => {
+                self.transit(Input::Tell)?;
+                self.machine.devices().freeze_disk(*disk, fds)?;
+            }
             Command::Status => return Ok(Answer::Status(self.status())),
             Command::Kill => {}
         }

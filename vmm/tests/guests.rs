@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{guest, run, Setup};
+use common::{guest, run, Disk, Setup};
 use ovms_proto::control::{Command, Event, ExitReason, MachineState};
 
 #[test]
@@ -177,4 +177,30 @@ fn console_that_nobody_reads_stops_the_guest_but_not_its_owner() {
     vmm.command(Command::Resume);
     vmm.command(Command::Kill);
     assert_eq!(vmm.end().2, 137);
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn disk_reads_writes_and_keeps_what_was_flushed() {
+    let disk = Disk::new(1 << 20);
+    for round in 0..2 {
+        let setup = disk.add_to(Setup::new(guest("disk")).args(&format!("sector={}", 3 + round)));
+        let (reason, said, _) = run(setup);
+        assert_eq!((reason, said.as_str()), (ExitReason::PowerOff, "sector 0: \ndisk good\n"));
+    }
+    let mut sector = [0u8; 512];
+    disk.open().read_at(3 * 512, &mut sector).unwrap();
+    assert!(sector.iter().enumerate().all(|(at, byte)| *byte == (at * 7 + 3) as u8));
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn command_for_a_disk_that_is_not_there_is_refused() {
+    let mut vmm = Setup::new(guest("echo")).start();
+    vmm.command(Command::Run);
+    let err = vmm.try_command(Command::FreezeDisk { disk: 0 }).unwrap_err();
+    assert_eq!(err, "the disk is as it was: the machine has no disk 0");
+    vmm.command(Command::ResizeConsole { columns: 80, rows: 25 });
+    vmm.type_text("q");
+    assert_eq!(vmm.end().0, ExitReason::PowerOff);
 }

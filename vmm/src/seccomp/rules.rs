@@ -45,7 +45,15 @@ const MAIN: &[i64] = &[
     libc::SYS_sendmsg,
     libc::SYS_shutdown,
     libc::SYS_tgkill,
+    // Freezing and flushing disks.
+    libc::SYS_fallocate,
     libc::SYS_fdatasync,
+    libc::SYS_fstat,
+    libc::SYS_ftruncate,
+    libc::SYS_pread64,
+    libc::SYS_pwrite64,
+    libc::SYS_pwritev,
+    libc::SYS_statx,
 ];
 
 /// A vCPU wakes others and stops when it is told.
@@ -67,10 +75,10 @@ const BLOCK: &[i64] = &[
 
 /// Console input and output, entropy, and memory given back by the balloon.
 const CONSOLE: &[i64] =
-    &[libc::SYS_epoll_wait, libc::SYS_fallocate, libc::SYS_getrandom, libc::SYS_poll, libc::SYS_ppoll, libc::SYS_readv];
+    &[libc::SYS_epoll_wait, libc::SYS_fallocate, libc::SYS_getrandom, libc::SYS_poll, libc::SYS_ppoll, libc::SYS_readv, libc::SYS_statx];
 
 /// Reading kernel and initrd into guest memory, beside what the owner does anyway.
-const LOADER: &[i64] = &[libc::SYS_fstat, libc::SYS_lseek, libc::SYS_pread64, libc::SYS_statx];
+const LOADER: &[i64] = &[libc::SYS_lseek];
 
 // Numbers: the kernel's include/uapi/linux/kvm.h.
 const KVM_GET_SUPPORTED_CPUID: u64 = 0xc008_ae05;

@@ -3,8 +3,10 @@
 pub mod irq;
 mod legacy;
 mod pci;
+mod virtio;
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -15,7 +17,9 @@ use ovms_devices::irq::MsiSink;
 use ovms_devices::machine::EventSink;
 use ovms_devices::pci::PciError;
 use ovms_devices::threads::Spawner;
-use ovms_devices::virtio::pci::TransportError;
+use ovms_devices::virtio::console::Console;
+use ovms_devices::virtio::pci::{TransportError, VirtioPci};
+use ovms_disk::Stack;
 use ovms_config::vm::VmSpec;
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
@@ -46,12 +50,29 @@ pub enum WiringError {
     /// A register block is not aligned.
     #[error("the registers of {0} have no place")]
     Bar(&'static str),
+    /// A disk's files are damaged or do not fit together.
+    #[error("disk {0} cannot be opened")]
+    Disk(usize, #[source] ovms_disk::Error),
     /// No thread, no eventfd.
     #[error("the {0} cannot be started")]
     Start(&'static str, #[source] io::Error),
     /// Guest memory cannot be written.
     #[error("the VM generation id cannot be written to guest memory")]
     GenerationId(#[source] GuestMemoryError),
+}
+
+/// Why a disk cannot be frozen.
+#[derive(Debug, Error)]
+pub enum FreezeError {
+    /// There is no such disk.
+    #[error("the machine has no disk {0}")]
+    NoDisk(u32),
+    /// The command came without the new top.
+    #[error("data and map of the new top must come with the command")]
+    NoTop,
+    /// The stack refuses.
+    #[error("the disk's top cannot be frozen")]
+    Stack(#[from] ovms_disk::Error),
 }
 
 /// What the devices need of the rest of the machine.
@@ -84,6 +105,10 @@ pub struct Devices {
     pub console: Arc<dyn ByteSink>,
     /// The VM generation id.
     pub generation_id: VmGenId,
+    /// The virtio console.
+    pub virtio_console: Arc<Console>,
+    disks: Vec<Arc<Stack>>,
+    functions: Vec<Arc<VirtioPci>>,
     writer: Option<Arc<Writer>>,
     input: Arc<InputQueue>,
     _reader: Option<Reader>,
@@ -116,8 +141,16 @@ impl Devices {
             .map_err(|err| WiringError::Start("console's input", err))?;
         let mut ports = BusBuilder::new();
         let mut mmio = BusBuilder::new();
-        let legacy = legacy::Legacy::insert(&mut ports, &mut mmio, ram, &ioapic, events, &console, &input)?;
-        let pci = pci::PciBuilder::new(vm, ram, messages, events)?;
+        // Two consoles, one host: both write to it, one reads.
+        let idle = Arc::new(InputQueue::new());
+        let (serial_input, virtio_input) = match virtio::InputOwner::of(&spec.config().boot.cmdline) {
+            virtio::InputOwner::Serial => (Arc::clone(&input), idle),
+            virtio::InputOwner::Virtio => (idle, Arc::clone(&input)),
+        };
+        let legacy = legacy::Legacy::insert(&mut ports, &mut mmio, ram, &ioapic, events, &console, &serial_input)?;
+        let mut pci = pci::PciBuilder::new(vm, ram, messages, events)?;
+        let ends = (virtio_input, Arc::clone(&console));
+        let virtio = virtio::Virtio::new(&mut pci, spec.config(), fds, ends, spawner)?;
         pci.insert(&mut ports, &mut mmio)?;
         let generation_id = VmGenId::new(layout::VMGENID_PAGE, random_guid());
         ram.memory()
@@ -131,6 +164,9 @@ impl Devices {
             serial: legacy.serial,
             console,
             generation_id,
+            virtio_console: virtio.console,
+            disks: virtio.disks,
+            functions: virtio.functions,
             writer,
             input,
             _reader: reader,
@@ -140,15 +176,37 @@ impl Devices {
     /// Stops what devices do by themselves: the processors stand already.
     pub fn pause(&self) {
         self.input.hold();
+        for function in &self.functions {
+            function.pause();
+        }
     }
 
     /// Ends a [`Devices::pause`].
     pub fn resume(&self) {
+        for function in &self.functions {
+            function.resume();
+        }
         self.input.release();
+    }
+
+    /// Freezes the top of disk `index` and goes on with a new one, whose data and map are `fds`. What the guest has
+    /// in flight is completed first.
+    ///
+    /// # Errors
+    /// [`FreezeError`]; the old top then stays in use.
+    pub fn freeze_disk(&self, index: u32, fds: Vec<OwnedFd>) -> Result<(), FreezeError> {
+        let disk = self.disks.get(index as usize).ok_or(FreezeError::NoDisk(index))?;
+        let top = virtio::new_top(fds).ok_or(FreezeError::NoTop)?;
+        Ok(disk.freeze(top)?)
     }
 
     /// The guest is gone: writes out what it has left behind, at the latest until `deadline`.
     pub fn finish(&self, deadline: Instant) {
+        for (index, disk) in self.disks.iter().enumerate().filter(|(_, disk)| !disk.is_read_only()) {
+            if let Err(err) = disk.flush() {
+                tracing::error!(index, "{}", crate::report::chain(&err));
+            }
+        }
         if let Some(writer) = &self.writer {
             let lost = writer.flush_and_close(deadline);
             if lost > 0 {

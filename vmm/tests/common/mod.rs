@@ -11,6 +11,7 @@ use std::process::{Child, Command as Process, Stdio};
 use std::time::{Duration, Instant};
 
 use ovms_config::vm::{BootConfig, ConsoleConfig, DiskConfig, JailConfig, TopConfig, VmConfig, VM_CONFIG_VERSION};
+use ovms_disk::{Stack, StackFiles, Table, Top, TopFiles};
 use ovms_proto::control::{Answer, Command, Event, ExitReason, FromVmm, Request, Status, Timeline};
 use ovms_proto::{Channel, ChannelError};
 
@@ -277,4 +278,36 @@ pub fn run(setup: Setup) -> (ExitReason, String, i32) {
     let mut vmm = setup.start();
     vmm.command(Command::Run);
     vmm.end()
+}
+
+/// A disk without layers: reads as zeroes where nothing was written.
+pub struct Disk {
+    table: File,
+    data: File,
+    map: File,
+}
+
+impl Disk {
+    pub fn new(size: u64) -> Self {
+        let [table, data, map] = [(); 3].map(|()| tempfile::tempfile().unwrap());
+        Table::empty(size).unwrap().write_to(&table).unwrap();
+        Top::create(&data, &map, size).unwrap();
+        Self { table, data, map }
+    }
+
+    fn files(&self) -> [File; 3] {
+        [&self.table, &self.data, &self.map].map(|file| file.try_clone().unwrap())
+    }
+
+    pub fn add_to(&self, setup: Setup) -> Setup {
+        let [table, data, map] = self.files();
+        setup.disk(table, data, map)
+    }
+
+    /// The disk as it is now, seen from the host.
+    pub fn open(&self) -> Stack {
+        let [table, data, map] = self.files();
+        let files = StackFiles { table, layers: vec![], frozen: vec![], top: Some(TopFiles { data, map }) };
+        Stack::open(files, true).unwrap()
+    }
 }
