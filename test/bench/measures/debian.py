@@ -1,0 +1,136 @@
+"""A stock Debian kernel, spawn to its first line and to its init, beside QEMU with the same kernel, initrd and disk on
+the same host: directly where the CPU has svm or vmx, else inside the nested host."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import statistics
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench import report
+from bench.report import Figure, compared
+from e2e.harness import places
+from e2e.harness.bed import Bed
+from e2e.harness.case import CaseFailed, CaseSkipped
+from e2e.harness.guests import Guests
+from e2e.harness.ovms import REPO
+from testbed import nestedhost
+
+_RUNS = 5
+#: The first line of a kernel that is not told to be quiet, and the first of the guest's init.
+_FIRST = b"Linux version"
+_INIT = b"ovms-guest: kernel"
+_MEMORY_MIB = 512
+_PATIENCE = 120
+
+
+@dataclass(frozen=True)
+class Boot:
+    """Milliseconds from the spawn of the command."""
+
+    first_line: float
+    init: float
+
+
+def measure(_runs: int) -> Iterator[Figure]:
+    """The figures of this host, or of the nested one."""
+    if places.hardware_virtualisation():
+        yield from measure_here()
+        return
+    if reason := places.unusable("nested"):
+        raise CaseSkipped(reason)
+    host = nestedhost.NestedHost.default()
+    started = host.start()
+    inner = REPO / "target/bench/debian.json"
+    inner.unlink(missing_ok=True)
+    try:
+        status = nestedhost.relay(host, ["python3", "-B", str(REPO / "test/bench/run.py"), "--inside", str(inner)], cwd="/")
+    finally:
+        if started:
+            host.stop()
+    if status != 0 or not inner.exists():
+        raise CaseFailed(f"the measurement in the nested host ended with {status}")
+    yield from report.read(inner)
+
+
+def measure_here() -> list[Figure]:
+    """ovm and QEMU in turns on this host."""
+    guests = Guests("stock", "/var/tmp")
+    bed = Bed("containerd-2.4", guests, 90.0, "/var/tmp")
+    try:
+        parts = guests.parts("poweroff")
+        loud = guests.layout("poweroff", extra_args="loglevel=7 ignore_loglevel", name="loud")
+        flat = bed.dir / "disk.qcow2"
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", str(parts.disks[0]), "-F", "qcow2", str(flat)], check=True)
+        ours_argv = [str(bed.ovms.program("ovm")), "run", str(loud), "--memory", f"{_MEMORY_MIB}M"]
+        peers = {
+            "QEMU q35": ["-M", "q35"],
+            "QEMU microvm": ["-M", "microvm,pcie=on,acpi=on,rtc=on,pit=off,pic=off"],
+        }
+        ours: list[Boot] = []
+        theirs: dict[str, list[Boot]] = {name: [] for name in peers}
+        append = f"{parts.args} loglevel=7 ignore_loglevel"
+        for run in range(_RUNS + 1):
+            boots = {"": _boot(ours_argv, bed.ovms.env)}
+            for name, machine in peers.items():
+                boots[name] = _boot(_qemu(machine, parts.kernel, parts.initrd, flat, append), {})
+            # The first round warms the page cache and is not counted.
+            if run:
+                ours.append(boots[""])
+                for name in peers:
+                    theirs[name].append(boots[name])
+    finally:
+        bed.close()
+        guests.close()
+    return [
+        _figure("stock Debian, spawn to its first line", "first_line", ours, theirs),
+        _figure("stock Debian, spawn to its init", "init", ours, theirs),
+    ]
+
+
+def _figure(name: str, what: str, ours: list[Boot], theirs: dict[str, list[Boot]]) -> Figure:
+    medians = {peer: statistics.median(getattr(boot, what) for boot in boots) for peer, boots in theirs.items()}
+    fastest = min(medians, key=lambda peer: medians[peer])
+    return compared(name, statistics.median(getattr(boot, what) for boot in ours), "ms", fastest, medians[fastest], 0.9)
+
+
+def _qemu(machine: list[str], kernel: Path, initrd: Path | None, disk: Path, append: str) -> list[str]:
+    return [
+        "qemu-system-x86_64", "-accel", "kvm", "-cpu", "host", *machine, "-m", str(_MEMORY_MIB), "-smp", "1", "-nodefaults",
+        "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio", "-kernel", str(kernel), "-initrd", str(initrd),
+        "-append", append, "-drive", f"id=d,file={disk},format=qcow2,if=none,cache=unsafe,snapshot=on",
+        "-device", "virtio-blk-pci,drive=d", "-device", "virtio-rng-pci",
+    ]
+
+
+def _boot(argv: list[str], env: dict[str, str]) -> Boot:
+    """Runs a machine to its end; when its marks came."""
+    began = time.perf_counter()
+    with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          env=os.environ | env) as child:
+        assert child.stdout
+        seen = b""
+        marks: dict[bytes, float] = {}
+        try:
+            while chunk := os.read(child.stdout.fileno(), 65536):
+                seen += chunk
+                for mark in (_FIRST, _INIT):
+                    if mark not in marks and mark in seen:
+                        marks[mark] = (time.perf_counter() - began) * 1000
+                if len(marks) == 2 or time.perf_counter() - began > _PATIENCE:
+                    break
+        finally:
+            with contextlib.suppress(OSError):
+                child.terminate()
+            try:
+                child.wait(20)
+            except subprocess.TimeoutExpired:
+                child.kill()
+    if len(marks) < 2:
+        raise CaseFailed(f"`{' '.join(argv[:3])}…` did not come to its init: {seen[-500:]!r}")
+    return Boot(marks[_FIRST], marks[_INIT])

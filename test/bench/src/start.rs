@@ -1,0 +1,119 @@
+//! Times the start of a machine beside its floor, in turns, so that both see the same machine weather:
+//!
+//! ```text
+//!  ovms-bench-floor   spawn ──> first byte on stdout
+//!  ovms-vmm           spawn in new namespaces ──> configuration ──> Run ──> first byte on the console
+//! ```
+//! The VMM is started as the engine starts it, but for the cgroup, whose move is a figure of its own. Prints one JSON
+//! object: the microseconds of every run.
+//!
+//! Usage: `ovms-bench-start VMM FLOOR KERNEL MEMORY RUNS`
+
+#[allow(unsafe_code, reason = "unshare, setns and the child's descriptor 3")]
+mod spawn;
+
+use std::error::Error;
+use std::fs::File;
+use std::io::{pipe, Read};
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use ovms_config::vm::{BootConfig, ConsoleConfig, JailConfig, VmConfig, VM_CONFIG_VERSION};
+use ovms_proto::control::{Command as Ask, Event, FromVmm, Request};
+use ovms_proto::Channel;
+
+type Result<T> = std::result::Result<T, Box<dyn Error>>;
+
+/// What is measured.
+struct Bench {
+    vmm: PathBuf,
+    floor: PathBuf,
+    kernel: PathBuf,
+    memory: u64,
+}
+
+fn main() -> Result<()> {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let [vmm, floor, kernel, memory, runs] = args.as_slice() else {
+        return Err("usage: ovms-bench-start VMM FLOOR KERNEL MEMORY RUNS".into());
+    };
+    let bench = Bench { vmm: vmm.into(), floor: floor.into(), kernel: kernel.into(), memory: memory.parse()? };
+    let runs: usize = runs.parse()?;
+    let (mut floors, mut vmms) = (Vec::new(), Vec::new());
+    // The first pair warms the page cache and is not counted.
+    for run in 0..=runs {
+        let pair = (bench.floor()?, bench.vmm()?);
+        if run > 0 {
+            floors.push(micros(pair.0));
+            vmms.push(micros(pair.1));
+        }
+    }
+    println!("{}", serde_json::json!({ "floor_us": floors, "vmm_us": vmms }));
+    Ok(())
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
+
+impl Bench {
+    fn floor(&self) -> Result<Duration> {
+        let (mut reader, writer) = pipe()?;
+        let began = Instant::now();
+        let mut child = Command::new(&self.floor).arg(self.memory.to_string()).stdout(writer).spawn()?;
+        reader.read_exact(&mut [0])?;
+        let took = began.elapsed();
+        child.wait()?;
+        Ok(took)
+    }
+
+    fn vmm(&self) -> Result<Duration> {
+        let (mut reader, writer) = pipe()?;
+        let began = Instant::now();
+        let (channel, theirs) = Channel::pair()?;
+        let mut command = Command::new(&self.vmm);
+        command.stdin(Stdio::null()).stdout(Stdio::null());
+        let mut child = spawn::jailed(command, theirs.into())?;
+        let kvm = File::options().read(true).write(true).open("/dev/kvm")?;
+        let kernel = File::open(&self.kernel)?;
+        channel.send(&self.config(), &[kvm.as_fd(), kernel.as_fd(), writer.as_fd()])?;
+        drop(writer);
+        match channel.recv::<FromVmm>()?.0 {
+            FromVmm::Configured { .. } => channel.send(&Request { id: 1, command: Ask::Run }, &[])?,
+            other => return Err(format!("the VMM answers {other:?} to its configuration").into()),
+        }
+        reader.read_exact(&mut [0])?;
+        let took = began.elapsed();
+        loop {
+            if let FromVmm::Event(Event::Exited(_)) = channel.recv::<FromVmm>()?.0 {
+                break;
+            }
+        }
+        child.wait()?;
+        Ok(took)
+    }
+
+    fn config(&self) -> VmConfig {
+        VmConfig {
+            version: VM_CONFIG_VERSION,
+            id: "bench".into(),
+            vcpus: 1,
+            memory: self.memory,
+            kvm: 0,
+            boot: BootConfig { kernel: 1, initrd: None, cmdline: String::new() },
+            disks: Vec::new(),
+            console: ConsoleConfig { input: None, output: Some(2) },
+            jail: JailConfig {
+                uid: 1_899_999_999,
+                gid: 1_899_999_999,
+                netns: None,
+                hostname: "bench".into(),
+                max_file_size: 64 << 20,
+                max_open_files: 512,
+            },
+            log_level: "warn".into(),
+        }
+    }
+}
