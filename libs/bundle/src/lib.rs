@@ -21,7 +21,7 @@ pub mod worker;
 
 pub use error::{Error, Result};
 pub use open::{create_top, Bundle, DiskFiles};
-pub use publish::{publish, sync, write_new};
-pub use record::{Disk, Record, TopPaths, RECORD_VERSION};
 /// The Entrypoint of every image that `ovm build` writes, for those who compare a container's arguments with it.
 pub use ovms_artifact::image::ENTRYPOINT;
+pub use publish::{publish, sync, write_new};
+pub use record::{Disk, Record, TopPaths, RECORD_VERSION};

@@ -101,8 +101,7 @@ fn open_with(options: &OpenOptions, path: &Path) -> Result<File> {
 }
 
 fn lock(file: &File, path: &Path, holder: &str, shared: bool) -> Result<()> {
-    let how =
-        if shared { FlockOperation::NonBlockingLockShared } else { FlockOperation::NonBlockingLockExclusive };
+    let how = if shared { FlockOperation::NonBlockingLockShared } else { FlockOperation::NonBlockingLockExclusive };
     match flock(file, how) {
         Ok(()) => {}
         Err(Errno::WOULDBLOCK) => return Err(Error::InUse { path: path.to_owned(), holder: read_holder(path) }),
@@ -121,8 +120,7 @@ fn holder_path(data: &Path) -> PathBuf {
 
 fn read_holder(data: &Path) -> String {
     let text = fs::read(holder_path(data)).unwrap_or_default();
-    let text: String =
-        String::from_utf8_lossy(&text).chars().filter(|c| !c.is_control()).take(MAX_HOLDER).collect();
+    let text: String = String::from_utf8_lossy(&text).chars().filter(|c| !c.is_control()).take(MAX_HOLDER).collect();
     if text.is_empty() {
         "another process".into()
     } else {

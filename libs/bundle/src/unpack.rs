@@ -88,9 +88,8 @@ impl Cache {
         let layout = Layout::open(layout).map_err(Error::Layout)?;
         let image = layout.load(tag).map_err(Error::Layout)?;
         let resolved = image.resolved;
-        let mut boot = |what, blob: Option<&Blob>| {
-            blob.map(|blob| self.boot_file(&layout, what, blob, tell)).transpose()
-        };
+        let mut boot =
+            |what, blob: Option<&Blob>| blob.map(|blob| self.boot_file(&layout, what, blob, tell)).transpose();
         let kernel = boot("kernel", resolved.kernel.as_ref())?;
         let initrd = boot("initrd", resolved.initrd.as_ref())?;
         let disk = match resolved.disks.as_slice() {
@@ -165,13 +164,7 @@ impl Cache {
         Ok(Disk { virtual_size, table, layers, top: None, read_only: false })
     }
 
-    fn layer(
-        &self,
-        layout: &Layout,
-        disk: &ImageDisk,
-        dir: &Path,
-        progress: &mut dyn FnMut(Progress),
-    ) -> Result<()> {
+    fn layer(&self, layout: &Layout, disk: &ImageDisk, dir: &Path, progress: &mut dyn FnMut(Progress)) -> Result<()> {
         let blob = &disk.layer.blob;
         let name = blob.digest.to_string();
         let tmp = self.root.join("tmp");

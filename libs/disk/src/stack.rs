@@ -283,7 +283,7 @@ impl Stack {
         if size < now {
             return Err(Error::OutOfRange { offset: size, len: 0, size: now });
         }
-        if size % SECTOR != 0 {
+        if !size.is_multiple_of(SECTOR) {
             return Err(Error::Unaligned { offset: size, len: 0 });
         }
         top.flush()?;
@@ -324,7 +324,7 @@ impl Stack {
 
     fn check(&self, tops: &[Top], offset: u64, len: u64) -> Result<()> {
         let size = tops.last().map_or(self.base.table.virtual_size(), Top::size);
-        if offset % SECTOR != 0 || len % SECTOR != 0 {
+        if !offset.is_multiple_of(SECTOR) || !len.is_multiple_of(SECTOR) {
             return Err(Error::Unaligned { offset, len });
         }
         if offset.checked_add(len).is_none_or(|end| end > size) {

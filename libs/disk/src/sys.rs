@@ -30,8 +30,7 @@ impl MappedWords {
     pub fn map(file: &File, count: usize) -> io::Result<MappedWords> {
         let len = count.checked_mul(8).ok_or(io::ErrorKind::InvalidInput)?;
         // SAFETY: a fresh mapping at an address of the kernel's choice overlaps nothing of ours.
-        let addr =
-            unsafe { libc::mmap(ptr::null_mut(), len, libc::PROT_READ, libc::MAP_SHARED, file.as_raw_fd(), 0) };
+        let addr = unsafe { libc::mmap(ptr::null_mut(), len, libc::PROT_READ, libc::MAP_SHARED, file.as_raw_fd(), 0) };
         if addr == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }

@@ -153,10 +153,8 @@ impl Table {
     pub fn open(file: &File) -> Result<Table> {
         let tag_ok = |head: &Head, tag: u16| tag == ZERO || u32::from(tag) < head.layers;
         let head = tiles::check(file, KIND, tag_ok, |_| {})?;
-        let layers = u16::try_from(head.layers).map_err(|_| Error::BadFile {
-            file: KIND.file,
-            what: format!("it names {} layers", head.layers),
-        })?;
+        let layers = u16::try_from(head.layers)
+            .map_err(|_| Error::BadFile { file: KIND.file, what: format!("it names {} layers", head.layers) })?;
         // The check above made sure that the file has exactly this length.
         let count = usize::try_from(head.count).unwrap_or(usize::MAX).saturating_add(HEADER / 8);
         let mapped = MappedWords::map(file, count).map_err(Error::io("map the disk table"))?;

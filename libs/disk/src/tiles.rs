@@ -86,7 +86,11 @@ impl Builder {
         }
         if self.words.last().is_none_or(|w| tag(u64::from_le(*w)) != with) {
             if self.words.len() as u64 >= MAX_TILES || self.end >= MAX_SIZE {
-                return Err(Error::Limit { what: "number of extents", value: self.words.len() as u64, limit: MAX_TILES });
+                return Err(Error::Limit {
+                    what: "number of extents",
+                    value: self.words.len() as u64,
+                    limit: MAX_TILES,
+                });
             }
             self.words.push((u64::from(with) << TAG_SHIFT | (self.end / SECTOR)).to_le());
         }
@@ -190,7 +194,11 @@ fn parse_head(raw: &[u8; HEADER], kind: Kind) -> Result<(Head, u32)> {
         return Err(bad("its header's checksum is wrong".into()));
     }
     let head = Head { layers: le_u32(raw, 12), size: le_u64(raw, 16), count: le_u64(raw, 24) };
-    if head.size % SECTOR != 0 || head.size > MAX_SIZE || head.count > MAX_TILES || (head.count == 0) != (head.size == 0) {
+    if !head.size.is_multiple_of(SECTOR)
+        || head.size > MAX_SIZE
+        || head.count > MAX_TILES
+        || (head.count == 0) != (head.size == 0)
+    {
         return Err(bad(format!("its size of {} bytes in {} extents cannot be", head.size, head.count)));
     }
     Ok((head, le_u32(raw, 32)))

@@ -62,12 +62,7 @@ fn receive(socket: &UnixStream) -> io::Result<(Request, Files)> {
     let mut line = vec![0_u8; 64 << 10];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
-    let got = recvmsg(
-        socket.as_fd(),
-        &mut [io::IoSliceMut::new(&mut line)],
-        &mut control,
-        RecvFlags::CMSG_CLOEXEC,
-    )?;
+    let got = recvmsg(socket.as_fd(), &mut [io::IoSliceMut::new(&mut line)], &mut control, RecvFlags::CMSG_CLOEXEC)?;
     let mut files = control
         .drain()
         .filter_map(|message| match message {
@@ -95,12 +90,7 @@ fn unpack(socket: &UnixStream, request: &Request, files: Files) -> Result<Reply,
     }
 }
 
-fn unpack_layer(
-    encoding: Encoding,
-    request: &Request,
-    files: Files,
-    tell: &mut Teller<'_>,
-) -> Result<Reply, String> {
+fn unpack_layer(encoding: Encoding, request: &Request, files: Files, tell: &mut Teller<'_>) -> Result<Reply, String> {
     let Files { input, data, map, scratch } = files;
     let input: Box<dyn Read> = match &request.expect {
         None => Box::new(input),

@@ -1,5 +1,7 @@
 //! The header: what kind of qcow2 this is, and whether we want it.
 
+#![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
+
 use super::{be_u32, be_u64, MAGIC};
 use crate::{layer::Limits, tiles::MAX_SIZE, Error, ReadAt, Result, SECTOR};
 
@@ -64,7 +66,7 @@ impl Header {
 
     /// Guest bytes that one L2 table describes. At most 2^18 entries of 2^21 bytes.
     pub fn l2_reach(&self) -> u64 {
-        (self.cluster_size() / self.entry_size()).saturating_mul(self.cluster_size())
+        self.cluster_size().checked_div(self.entry_size()).unwrap_or(0).saturating_mul(self.cluster_size())
     }
 
     /// Reads and checks a header.
@@ -82,7 +84,9 @@ impl Header {
         }
         let cluster_bits = be_u32(&raw, 20);
         if !(9..=21).contains(&cluster_bits) {
-            return Err(Error::corrupt(format!("a cluster size of 2^{cluster_bits} bytes is not between 512 and 2 MiB")));
+            return Err(Error::corrupt(format!(
+                "a cluster size of 2^{cluster_bits} bytes is not between 512 and 2 MiB"
+            )));
         }
         let cluster_size = 1_u64 << cluster_bits;
         let (mut features, mut length, mut compression) = (0, V2_LENGTH, Compression::Zlib);
@@ -108,7 +112,7 @@ impl Header {
         let mut header = Header {
             version,
             cluster_bits,
-            size: be_u64(&raw, 24) / SECTOR * SECTOR,
+            size: be_u64(&raw, 24) & !SECTOR.saturating_sub(1),
             l1_offset: be_u64(&raw, 40),
             l1_entries: 0,
             tables: [(0, 0); 2],
@@ -136,8 +140,11 @@ impl Header {
         }
         let l1_end = self.l1_offset.saturating_add(l1_bytes);
         let needed_end = self.l1_offset.saturating_add(self.l1_entries.saturating_mul(8));
-        if self.l1_offset % self.cluster_size() != 0 || needed_end > self.file_size {
-            return Err(Error::corrupt(format!("the L1 table at {} lies outside of the file or askew", self.l1_offset)));
+        if !self.l1_offset.is_multiple_of(self.cluster_size()) || needed_end > self.file_size {
+            return Err(Error::corrupt(format!(
+                "the L1 table at {} lies outside of the file or askew",
+                self.l1_offset
+            )));
         }
         let (ref_offset, ref_clusters) = (be_u64(raw, 48), u64::from(be_u32(raw, 56)));
         let ref_bytes = ref_clusters.saturating_mul(self.cluster_size());
@@ -145,8 +152,10 @@ impl Header {
             return Err(Error::Limit { what: "refcount table size", value: ref_bytes, limit: MAX_REFTABLE_BYTES });
         }
         let ref_end = ref_offset.saturating_add(ref_bytes);
-        if ref_offset % self.cluster_size() != 0 || ref_offset > self.file_size {
-            return Err(Error::corrupt(format!("the refcount table at {ref_offset} lies outside of the file or askew")));
+        if !ref_offset.is_multiple_of(self.cluster_size()) || ref_offset > self.file_size {
+            return Err(Error::corrupt(format!(
+                "the refcount table at {ref_offset} lies outside of the file or askew"
+            )));
         }
         let apart = self.l1_offset >= ref_end || ref_offset >= needed_end || ref_bytes == 0 || self.l1_entries == 0;
         if !apart || (self.l1_offset == 0 && self.l1_entries > 0) || (ref_offset == 0 && ref_bytes > 0) {

@@ -27,7 +27,6 @@ const ZERO: u64 = 1;
 /// Subclusters in a cluster of an image with extended L2 entries.
 const SUBCLUSTERS: u64 = 32;
 
-
 fn be_u32(bytes: &[u8], at: usize) -> u32 {
     bytes.get(at..).and_then(|b| b.first_chunk()).map_or(0, |b| u32::from_be_bytes(*b))
 }

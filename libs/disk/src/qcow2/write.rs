@@ -65,10 +65,7 @@ impl<'a> Plan<'a> {
         })
     }
 
-    fn new(
-        stack: &'a Stack,
-        run: impl Fn(View<'_>, u64, u64) -> Result<(State, u64)>,
-    ) -> Result<Plan<'a>> {
+    fn new(stack: &'a Stack, run: impl Fn(View<'_>, u64, u64) -> Result<(State, u64)>) -> Result<Plan<'a>> {
         let size = stack.size();
         let runs = stack.with_view(|view| find_runs(size, |pos, end| run(view, pos, end)))?;
         let data_clusters = runs.iter().filter(|r| !r.zero).map(|r| r.count).sum();
@@ -158,18 +155,18 @@ impl<'a> Plan<'a> {
         let l1_entries = self.size.div_ceil(CLUSTER * L2_ENTRIES);
         [
             two(u64::from(MAGIC), 3),
-            0,                              // backing file offset
+            0,                               // backing file offset
             two(0, u64::from(CLUSTER_BITS)), // backing file name's length, cluster size
             self.size,
             two(0, l1_entries), // no encryption
             self.l1_start() * CLUSTER,
-            CLUSTER, // refcount table
+            CLUSTER,                        // refcount table
             two(self.reftable_clusters, 0), // no internal snapshots
             0,
-            0,               // incompatible features
-            0,               // compatible features
-            0,               // autoclear features
-            two(4, 104),     // refcounts of 2^4 bits; length of this header
+            0,           // incompatible features
+            0,           // compatible features
+            0,           // autoclear features
+            two(4, 104), // refcounts of 2^4 bits; length of this header
         ]
         .into_iter()
     }
@@ -198,7 +195,7 @@ impl<'a> Plan<'a> {
                 return 0;
             }
             used += 1;
-            (l2_start + used - 1) * CLUSTER | COPIED
+            ((l2_start + used - 1) * CLUSTER) | COPIED
         })
     }
 
@@ -216,7 +213,7 @@ impl<'a> Plan<'a> {
                     (table, filled) = (Some(index), 0);
                 }
                 out.cluster.resize((slot * 8) as usize, 0);
-                let entry = if run.zero { ZERO } else { host * CLUSTER | COPIED };
+                let entry = if run.zero { ZERO } else { (host * CLUSTER) | COPIED };
                 host += u64::from(!run.zero);
                 out.cluster.extend_from_slice(&entry.to_be_bytes());
                 filled += 1;

@@ -70,7 +70,7 @@ fn file_len(size: u64) -> u64 {
 
 /// Writes the header and gives the file its length.
 pub(super) fn format(file: &File, size: u64) -> Result<()> {
-    if size > MAX_SIZE || size % SECTOR != 0 {
+    if size > MAX_SIZE || !size.is_multiple_of(SECTOR) {
         return Err(bad(format!("a disk of {size} bytes cannot be")));
     }
     let mut head = Vec::with_capacity(HEADER);
@@ -101,7 +101,7 @@ impl BlockMap {
         if crc_of(head.get(..HEADER - 4).unwrap_or_default()) != le_u32(&head, HEADER - 4) {
             return Err(bad("its header's checksum is wrong".into()));
         }
-        if u64::from(block) != Top::BLOCK || size % SECTOR != 0 || size > MAX_SIZE {
+        if u64::from(block) != Top::BLOCK || !size.is_multiple_of(SECTOR) || size > MAX_SIZE {
             return Err(bad(format!("blocks of {block} bytes on a disk of {size} bytes are not supported")));
         }
         Ok((BlockMap { file, chunks: RwLock::default() }, size))
