@@ -9,15 +9,21 @@ use std::process::ExitCode;
 use ovms_artifact::build::BuildError;
 use ovms_artifact::layout::LayoutError;
 use ovms_artifact::manifest::ManifestError;
+use ovms_engine::Kind;
 
 /// Shown under `ovm --help`.
 pub const EXIT_CODES: &str = "Exit codes: 0 done, 2 wrong usage, 65 invalid input, 66 input not found, \
-                              73 output cannot be made, 74 read or write error, 77 not permitted";
+                              69 something the host lacks, 70 a fault of ovms, 73 output cannot be made, \
+                              74 read or write error, 75 not now (in use), 77 not permitted; \
+                              of `ovm run` that of the guest";
 
 const DATA: u8 = 65;
 const NO_INPUT: u8 = 66;
+const UNAVAILABLE: u8 = 69;
+const INTERNAL: u8 = 70;
 const CANNOT_CREATE: u8 = 73;
 const IO: u8 = 74;
+const NOT_NOW: u8 = 75;
 const NO_PERMISSION: u8 = 77;
 
 /// An error of a verb: its chain is printed once, its code is the program's.
@@ -37,6 +43,11 @@ impl CliError {
     pub fn io(source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
         let source = source.into();
         Self { code: io_code(source.as_ref()).unwrap_or(IO), source }
+    }
+
+    /// Somebody who may not.
+    pub fn not_permitted(source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+        Self { code: NO_PERMISSION, source: source.into() }
     }
 
     /// The whole chain, `a: b: c`.
@@ -79,6 +90,31 @@ impl From<LayoutError> for CliError {
 impl From<ManifestError> for CliError {
     fn from(error: ManifestError) -> Self {
         Self::invalid(error)
+    }
+}
+
+impl From<ovms_bundle::Error> for CliError {
+    fn from(error: ovms_bundle::Error) -> Self {
+        match error {
+            ovms_bundle::Error::Layout(error) => Self::from(error),
+            ovms_bundle::Error::Io { .. } | ovms_bundle::Error::Worker { .. } => Self::io(error),
+            ovms_bundle::Error::InUse { .. } => Self { code: NOT_NOW, source: error.into() },
+            error => Self::invalid(error),
+        }
+    }
+}
+
+impl From<ovms_engine::Error> for CliError {
+    fn from(error: ovms_engine::Error) -> Self {
+        let code = match error.kind() {
+            Kind::NotFound => NO_INPUT,
+            Kind::AlreadyExists => CANNOT_CREATE,
+            Kind::InvalidArgument => DATA,
+            Kind::FailedPrecondition => NOT_NOW,
+            Kind::Unavailable => UNAVAILABLE,
+            Kind::Internal => INTERNAL,
+        };
+        Self { code, source: error.into() }
     }
 }
 

@@ -8,6 +8,8 @@ mod build;
 mod error;
 mod inspect;
 mod progress;
+mod run;
+mod terminal;
 mod text;
 mod validate;
 
@@ -31,16 +33,24 @@ enum Verb {
     Validate(validate::Args),
     /// Show what an image is made of
     Inspect(inspect::Args),
+    /// Boot an image from an OCI layout, attached to its console
+    Run(run::Args),
 }
 
 fn main() -> ExitCode {
+    // `ovm run` unpacks layers in a worker, which is this program started again.
+    if let Some(code) = ovms_bundle::worker::intercept() {
+        return code;
+    }
+    let success = |()| ExitCode::SUCCESS;
     let done = match Cli::parse().verb {
-        Verb::Build(args) => build::run(*args),
-        Verb::Validate(args) => validate::run(&args),
-        Verb::Inspect(args) => inspect::run(&args),
+        Verb::Build(args) => build::run(*args).map(success),
+        Verb::Validate(args) => validate::run(&args).map(success),
+        Verb::Inspect(args) => inspect::run(&args).map(success),
+        Verb::Run(args) => run::run(args),
     };
     match done {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("ovm: {}", error.chain());
             error.code()

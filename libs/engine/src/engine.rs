@@ -151,6 +151,19 @@ impl Engine {
         Ok(Some(record.exit.unwrap_or_else(killed)))
     }
 
+    /// Cleans up after every machine of a namespace whose engine is gone. For callers whose machines live no longer than
+    /// they themselves; a failure is told to the log alone.
+    pub fn sweep(&self, namespace: &str) {
+        let runtime = &self.settings.paths.runtime;
+        for record in self.list().into_iter().filter(|record| record.namespace == namespace) {
+            if !record::is_held(runtime, namespace, &record.id) {
+                if let Err(err) = self.cleanup(namespace, &record.id) {
+                    tracing::warn!(namespace, id = record.id, err = err.chain(), "a machine without an engine stays");
+                }
+            }
+        }
+    }
+
     /// Takes the machine's name, cleaning up after an engine that died with it.
     fn claim(&self, spec: &CreateSpec) -> Result<Slot> {
         for _ in 0..2 {

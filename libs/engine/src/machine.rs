@@ -165,7 +165,9 @@ impl Machine {
     /// # Errors
     /// `NotFound` if it is gone, `Unavailable` if the VMM hangs.
     pub fn power_button(&self) -> Result<()> {
-        match self.inner.shared().state {
+        // Taken out of the lock first: a guard in the match would live through the request, which locks again.
+        let state = self.inner.shared().state;
+        match state {
             State::Creating | State::Created => self.kill(),
             _ => self.request(Command::PowerButton).map(drop),
         }

@@ -4,6 +4,7 @@
 //! answer to each request, one `FirstExit`, one `Exited`), so a VMM that floods breaks the protocol with its second
 //! message and is killed; no machine but its own is touched.
 
+use std::io::ErrorKind;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::thread;
@@ -166,6 +167,8 @@ impl Monitor {
                 }
             }
             Err(ChannelError::Closed) => self.open = false,
+            // It ended with requests unread.
+            Err(ChannelError::Io(err)) if err.kind() == ErrorKind::ConnectionReset => self.open = false,
             Err(err) => {
                 let source = std::error::Error::source(&err).map(|source| format!(": {source}")).unwrap_or_default();
                 self.inner.fault(&format!("the VMM broke the control protocol: {err}{source}"));

@@ -130,6 +130,11 @@ impl Slot {
     }
 }
 
+/// Whether an engine looks after the machine (or it cannot be told).
+pub(crate) fn is_held(runtime: &Path, namespace: &str, id: &str) -> bool {
+    !matches!(lock(&dir(runtime, namespace, id)), Ok(Some(_)))
+}
+
 /// Whether a directory was not changed for longer than it takes to make its lock.
 fn is_old(dir: &Path) -> bool {
     let changed = fs::metadata(dir).and_then(|meta| meta.modified());

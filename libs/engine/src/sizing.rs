@@ -13,10 +13,14 @@ pub const ANNOTATION_MEMORY: &str = "io.ovms.memory";
 /// Annotation whose text is appended to the kernel command line.
 pub const ANNOTATION_KERNEL_ARGS: &str = "io.ovms.kernel-args";
 
-/// What is said about a machine's size, in falling precedence: limits of the spec, annotations, image. What none of
-/// them says comes from the settings.
+/// What is said about a machine's size, in falling precedence: flags of `ovm run`, limits of the spec, annotations,
+/// image. What none of them says comes from the settings.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Wishes {
+    /// `--cpus`.
+    pub flag_vcpus: Option<u32>,
+    /// `--memory` in bytes.
+    pub flag_memory: Option<u64>,
     /// `memory.limit` of the spec in bytes; 0 and below: none.
     pub spec_memory: Option<i64>,
     /// `cpu.quota` of the spec in microseconds; 0 and below: none.
@@ -72,7 +76,9 @@ pub(crate) fn cgroup_memory(limit: u64, overhead: u64) -> u64 {
 
 fn vcpus(wishes: &Wishes, settings: &VmSettings) -> Result<u32> {
     let quota = wishes.spec_cpu_quota.and_then(|quota| u64::try_from(quota).ok()).filter(|quota| *quota > 0);
-    let (number, who) = if let Some(quota) = quota {
+    let (number, who) = if let Some(number) = wishes.flag_vcpus {
+        (u64::from(number), "--cpus")
+    } else if let Some(quota) = quota {
         let period = wishes.spec_cpu_period.filter(|period| *period > 0).unwrap_or(DEFAULT_PERIOD);
         (quota.div_ceil(period), "the spec's CPU limit")
     } else if let Some(text) = &wishes.annotation_vcpus {
@@ -91,6 +97,9 @@ fn vcpus(wishes: &Wishes, settings: &VmSettings) -> Result<u32> {
 }
 
 fn memory(wishes: &Wishes, settings: &VmSettings) -> Result<(u64, &'static str)> {
+    if let Some(bytes) = wishes.flag_memory {
+        return Ok((bytes, "--memory"));
+    }
     let limit = wishes.spec_memory.and_then(|limit| u64::try_from(limit).ok()).filter(|limit| *limit > 0);
     if let Some(limit) = limit {
         // Clients write "no limit" as the largest page-aligned number too.
@@ -118,6 +127,8 @@ mod tests {
 
     fn all() -> Wishes {
         Wishes {
+            flag_vcpus: Some(6),
+            flag_memory: Some(200 * MIB),
             spec_memory: Some(300 * MIB as i64),
             spec_cpu_quota: Some(350_000),
             spec_cpu_period: Some(100_000),
@@ -129,12 +140,13 @@ mod tests {
     }
 
     #[test]
-    fn precedence_is_spec_annotation_image_settings() {
+    fn precedence_is_flag_spec_annotation_image_settings() {
         let settings = VmSettings::default();
         let mut wishes = all();
         let mut seen = Vec::new();
-        let drops: [fn(&mut Wishes); 4] = [
+        let drops: [fn(&mut Wishes); 5] = [
             |_| (),
+            |w| (w.flag_memory, w.flag_vcpus) = (None, None),
             |w| (w.spec_memory, w.spec_cpu_quota) = (None, None),
             |w| (w.annotation_memory, w.annotation_vcpus) = (None, None),
             |w| (w.image_memory, w.image_vcpus) = (None, None),
@@ -145,7 +157,7 @@ mod tests {
             assert_eq!(size.cgroup_memory, size.memory + settings.overhead);
             seen.push((size.vcpus, size.memory / MIB));
         }
-        assert_eq!(seen, [(4, 300), (3, 400), (5, 600), (1, 512)]);
+        assert_eq!(seen, [(6, 200), (4, 300), (3, 400), (5, 600), (1, 512)]);
     }
 
     #[test]
@@ -177,6 +189,7 @@ mod tests {
     fn settle_impossible_wish_returns_who_asked() {
         let cases = [
             (Wishes { spec_memory: Some(8 << 20), ..Wishes::default() }, "the spec's memory limit asks for 8388608"),
+            (Wishes { flag_memory: Some(1 << 20), ..Wishes::default() }, "--memory asks for 1048576"),
             (Wishes { annotation_memory: Some("lots".into()), ..Wishes::default() }, "io.ovms.memory is no size"),
             (Wishes { annotation_vcpus: Some("two".into()), ..Wishes::default() }, "io.ovms.vcpus is \"two\""),
             (Wishes { annotation_vcpus: Some("0".into()), ..Wishes::default() }, "asks for 0 vCPUs"),
