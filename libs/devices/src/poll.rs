@@ -27,7 +27,8 @@ pub(crate) fn wait_fds(fds: &[(&dyn AsRawFd, Interest)], timeout: Option<Duratio
             revents: 0,
         })
         .collect();
-    let millis = timeout.map_or(-1, |t| i32::try_from(t.as_millis()).unwrap_or(i32::MAX));
+    // Rounded up, so that a wait of less than a millisecond does not become a loop.
+    let millis = timeout.map_or(-1, |t| i32::try_from(t.as_micros().div_ceil(1000)).unwrap_or(i32::MAX));
     sys::poll(&mut polled, millis)?;
     Ok(polled.iter().map(|p| p.revents != 0).collect())
 }

@@ -12,10 +12,12 @@
 //! addresses are how CVE-2026-5747 happened). A queue that breaks the rules stops its device and sets
 //! DEVICE_NEEDS_RESET; the machine goes on.
 
+pub mod balloon;
 pub mod blk;
 pub mod console;
 pub mod pci;
 mod queue;
+pub mod rng;
 mod worker;
 
 use std::sync::{Arc, Mutex};

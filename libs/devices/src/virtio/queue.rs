@@ -6,6 +6,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
+use std::time::Duration;
 
 use thiserror::Error;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
@@ -119,6 +120,8 @@ pub(crate) enum Turn {
     Idle,
     /// The turn was cut short: come again.
     More,
+    /// Come again after this time: the device has used up its budget.
+    Later(Duration),
 }
 
 impl VirtQueue {
@@ -174,11 +177,6 @@ impl VirtQueue {
         } else {
             Err(QueueError::Endless(head))
         }
-    }
-
-    /// Puts the last request back: it will come [`VirtQueue::next`] again.
-    pub(crate) fn put_back(&mut self) {
-        self.queue.go_to_previous_position();
     }
 
     /// Hands a request back, with `len` bytes written into it, and interrupts the driver if it wants that.

@@ -15,7 +15,7 @@ use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::{EventFd, EFD_CLOEXEC, EFD_NONBLOCK};
 
@@ -162,17 +162,24 @@ impl Drop for AtEnd {
 struct Active {
     queues: Vec<VirtQueue>,
     interrupt: Arc<dyn VirtioInterrupt>,
-    /// Which queues are to be served without waiting for a kick.
-    due: Vec<bool>,
-    /// Whether [`QueueWorker::woken`] is to be called without waiting for its descriptor.
-    woken_due: bool,
+    /// When each queue is to be served without waiting for a kick.
+    due: Vec<Option<Instant>>,
+    /// When [`QueueWorker::woken`] is to be called without waiting for its descriptor.
+    woken_due: Option<Instant>,
     broken: bool,
 }
 
 impl Active {
     fn all_due(&mut self) {
-        self.due.fill(true);
-        self.woken_due = true;
+        let now = Some(Instant::now());
+        self.due.fill(now);
+        self.woken_due = now;
+    }
+
+    /// How long to wait for events before something is due; `None` for ever.
+    fn patience(&self) -> Option<Duration> {
+        let first = self.due.iter().chain([&self.woken_due]).flatten().min()?;
+        Some(first.saturating_duration_since(Instant::now()))
     }
 
     fn progress(&self) -> Vec<QueueProgress> {
@@ -204,11 +211,15 @@ impl<W: QueueWorker> Thread<'_, W> {
                 continue;
             };
             let Ok(ready) = waited else { return };
-            for (due, ready) in active.due.iter_mut().zip(&ready.kicks) {
-                *due |= *ready;
+            let now = Instant::now();
+            // A queue that waits for its time is not hurried by a kick.
+            for (due, _) in active.due.iter_mut().zip(&ready.kicks).filter(|(_, ready)| **ready) {
+                due.get_or_insert(now);
             }
-            active.woken_due |= ready.extra;
-            if let Err(error) = serve_due(&mut self.work, active, &self.control.hurry) {
+            if ready.extra {
+                active.woken_due = Some(now);
+            }
+            if let Err(error) = serve_due(&mut self.work, active, now, &self.control.hurry) {
                 tracing::warn!(error = &error as &dyn std::error::Error, "the driver broke a queue, the device stops");
                 active.broken = true;
                 active.interrupt.needs_reset();
@@ -249,8 +260,10 @@ impl<W: QueueWorker> Thread<'_, W> {
             .into_iter()
             .map(|queue| VirtQueue::new(queue, Arc::clone(&state.mem), Arc::clone(&state.interrupt)))
             .collect();
-        let due = vec![true; queues.len()];
-        self.active = Some(Active { queues, interrupt: state.interrupt, due, woken_due: true, broken: false });
+        let due = vec![None; queues.len()];
+        let mut active = Active { queues, interrupt: state.interrupt, due, woken_due: None, broken: false };
+        active.all_due();
+        self.active = Some(active);
     }
 }
 
@@ -260,14 +273,12 @@ struct Ready {
     extra: bool,
 }
 
-/// Waits for a command, a kick or the extra descriptor; not at all if a queue is due.
+/// Waits for a command, a kick or the extra descriptor, or until a queue is due.
 fn wait(control: &Control, active: Option<&Active>, extra: Option<&EventFd>) -> io::Result<Ready> {
     let mut fds: Vec<(&dyn std::os::fd::AsRawFd, Interest)> = vec![(&control.wake, Interest::Read)];
     let mut timeout = None;
     if let Some(active) = active {
-        if active.woken_due || active.due.contains(&true) {
-            timeout = Some(Duration::ZERO);
-        }
+        timeout = active.patience();
         for queue in &active.queues {
             fds.push((queue.kick(), Interest::Read));
         }
@@ -289,13 +300,27 @@ fn wait(control: &Control, active: Option<&Active>, extra: Option<&EventFd>) -> 
     Ok(Ready { kicks, extra: extra_ready })
 }
 
-fn serve_due<W: QueueWorker>(work: &mut W, active: &mut Active, hurry: &AtomicBool) -> Result<(), QueueError> {
-    if std::mem::take(&mut active.woken_due) {
-        active.woken_due = work.woken(&mut active.queues, hurry)? == Turn::More;
+fn serve_due<W: QueueWorker>(
+    work: &mut W,
+    active: &mut Active,
+    now: Instant,
+    hurry: &AtomicBool,
+) -> Result<(), QueueError> {
+    if active.woken_due.is_some_and(|at| at <= now) {
+        active.woken_due = next_due(work.woken(&mut active.queues, hurry)?, now);
     }
     for at in 0..active.queues.len() {
-        let Some(due) = active.due.get_mut(at).filter(|due| **due) else { continue };
-        *due = work.serve(&mut active.queues, at, hurry)? == Turn::More;
+        let is_due = |due: &&mut Option<Instant>| due.is_some_and(|at| at <= now);
+        let Some(due) = active.due.get_mut(at).filter(is_due) else { continue };
+        *due = next_due(work.serve(&mut active.queues, at, hurry)?, now);
     }
     Ok(())
+}
+
+fn next_due(turn: Turn, now: Instant) -> Option<Instant> {
+    match turn {
+        Turn::Idle => None,
+        Turn::More => Some(now),
+        Turn::Later(wait) => now.checked_add(wait),
+    }
 }
