@@ -19,12 +19,8 @@ use crate::sizing::cgroup_memory;
 use crate::spec::Limits;
 use crate::stats::Stats;
 
-/// How long a VMM may take to answer a request. Stopping 32 vCPUs takes milliseconds; on an emulated host seconds.
-const ANSWER: Duration = Duration::from_secs(20);
 /// How long the kernel may take to end a killed VMM and give its memory back.
 pub(crate) const DEATH: Duration = Duration::from_secs(30);
-/// How long a guest may take to give memory to its balloon before a lower limit is refused.
-const BALLOON: Duration = Duration::from_secs(10);
 /// The most requests that may wait for answers at once.
 const MAX_PENDING: usize = 64;
 
@@ -165,7 +161,7 @@ impl Machine {
     /// # Errors
     /// `NotFound` if it is gone, `Unavailable` if the VMM hangs.
     pub fn power_button(&self) -> Result<()> {
-        // Taken out of the lock first: a guard in the match would live through the request, which locks again.
+        // A guard in the match would live through the request, which locks again.
         let state = self.inner.shared().state;
         match state {
             State::Creating | State::Created => self.kill(),
@@ -266,7 +262,7 @@ impl Machine {
             return Ok(());
         }
         self.request(Command::Balloon { bytes })?;
-        let deadline = Instant::now() + BALLOON;
+        let deadline = Instant::now() + self.inner.patience.balloon;
         while self.vmm_status()?.balloon_bytes < bytes {
             if Instant::now() > deadline {
                 self.request(Command::Balloon { bytes: before })?;
@@ -361,7 +357,7 @@ impl Machine {
             Some(answer) => Some(Some(answer)),
             None => shared.exit.is_some().then_some(None),
         };
-        match inner.wait_for(ANSWER, answer) {
+        match inner.wait_for(inner.patience.answer, answer) {
             Some(Some(Ok(answer))) => Ok(answer),
             Some(Some(Err(message))) => Err(Error::new(Kind::Internal, "the VMM refuses").because(message)),
             Some(None) => Err(gone(inner)),
@@ -397,3 +393,6 @@ fn gone(inner: &Inner) -> Error {
 fn wrong_state(inner: &Inner, why: &str) -> Error {
     Error::new(Kind::FailedPrecondition, format!("machine {} {why}", inner.id))
 }
+
+#[cfg(test)]
+mod tests;
