@@ -184,7 +184,7 @@ impl VmSpec {
         if config.vcpus == 0 || config.vcpus > MAX_VCPUS {
             return Err(VmConfigError::Vcpus(config.vcpus));
         }
-        if !(MIN_MEMORY..=MAX_MEMORY).contains(&config.memory) || config.memory % MEMORY_STEP != 0 {
+        if !(MIN_MEMORY..=MAX_MEMORY).contains(&config.memory) || !config.memory.is_multiple_of(MEMORY_STEP) {
             return Err(VmConfigError::Memory(config.memory));
         }
         check_cmdline(&config.boot.cmdline)?;
