@@ -46,8 +46,10 @@ const VERSION: u32 = 1;
 const POWER_BUTTON: u16 = 1 << 8;
 const GLOBAL_RELEASE: u16 = 1 << 5;
 const TIMER_CARRY: u16 = 1 << 0;
-/// Events that software may enable. The timer's carry is accepted and never raised.
-const ENABLE_BITS: u16 = POWER_BUTTON | GLOBAL_RELEASE | TIMER_CARRY;
+const REAL_TIME_CLOCK: u16 = 1 << 10;
+/// Events that software may enable. The timer's carry and the clock's alarm are accepted and never raised: Linux wants
+/// to see the alarm's bit stay, even of a clock without alarm.
+const ENABLE_BITS: u16 = POWER_BUTTON | GLOBAL_RELEASE | TIMER_CARRY | REAL_TIME_CLOCK;
 
 const SCI_ENABLED: u16 = 1 << 0;
 const SLEEP_ENABLE: u16 = 1 << 13;
