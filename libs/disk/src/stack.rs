@@ -133,6 +133,11 @@ impl View<'_> {
         }
     }
 
+    #[cfg(test)]
+    pub fn loaded_chunks(&self) -> usize {
+        self.tops.iter().map(Top::loaded_chunks).sum()
+    }
+
     /// What the tops alone say of `pos`: absent where the layers decide, or nothing does.
     pub fn top_run(&self, pos: u64, end: u64) -> Result<(State, u64)> {
         let Some((top, below)) = self.split() else {

@@ -169,3 +169,91 @@ impl Table {
         tiles::write(file, KIND, u32::from(self.layers), self.size, self.words())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{io::Write, os::unix::fs::FileExt};
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::{map::MapBuilder, SECTOR};
+
+    fn layer() -> impl Strategy<Value = Vec<u8>> {
+        prop::collection::vec((0..3_u8, 1..20_usize), 0..12)
+            .prop_map(|runs| runs.into_iter().flat_map(|(state, len)| vec![state; len]).collect())
+    }
+
+    /// A map of one state for each sector.
+    fn map_of(states: &[u8]) -> LayerMap {
+        let mut builder = MapBuilder::default();
+        for (i, state) in states.iter().enumerate() {
+            builder.push_to((i as u64 + 1) * SECTOR, State::from_tag(u16::from(*state))).unwrap();
+        }
+        builder.finish(states.len() as u64 * SECTOR).unwrap()
+    }
+
+    proptest! {
+        /// Laying maps over each other gives, sector by sector, the topmost layer that says something.
+        #[test]
+        fn overlay_equals_a_plain_model(layers in prop::collection::vec(layer(), 0..6)) {
+            let mut model: Vec<Option<u16>> = Vec::new();
+            for (n, states) in layers.iter().enumerate() {
+                model.resize(states.len(), None);
+                for (slot, state) in model.iter_mut().zip(states) {
+                    match State::from_tag(u16::from(*state)) {
+                        State::Data => *slot = Some(n as u16),
+                        State::Zero => *slot = None,
+                        State::Absent => {}
+                    }
+                }
+            }
+            let maps: Vec<LayerMap> = layers.iter().map(|l| map_of(l)).collect();
+            let merged = Table::merge(&maps).unwrap();
+            let file = tempfile::tempfile().unwrap();
+            merged.write_to(&file).unwrap();
+            for table in [merged, Table::open(&file).unwrap()] {
+                prop_assert_eq!(table.virtual_size(), model.len() as u64 * SECTOR);
+                prop_assert_eq!(usize::from(table.layers()), layers.len());
+                for (i, want) in model.iter().enumerate().chain(model.iter().enumerate().rev()) {
+                    let (found, end) = table.find(i as u64 * SECTOR);
+                    prop_assert_eq!(found, *want, "sector {}", i);
+                    prop_assert!(end > i as u64 * SECTOR && end <= table.virtual_size());
+                }
+                prop_assert_eq!(table.find(table.virtual_size()).0, None);
+                prop_assert_eq!(table.extents().map(|e| e.len).sum::<u64>(), table.virtual_size());
+            }
+        }
+    }
+
+    #[test]
+    fn damaged_table_file_returns_bad_file() {
+        let table = Table::merge([&map_of(&[1, 1, 0, 2, 1]), &map_of(&[0, 1, 0, 1])]).unwrap();
+        let mut file = tempfile::tempfile().unwrap();
+        table.write_to(&file).unwrap();
+        let length = file.metadata().unwrap().len();
+        let mut good = vec![0; length as usize];
+        file.read_exact_at(&mut good, 0).unwrap();
+        for byte in 0..good.len() {
+            let mut bad = good.clone();
+            bad[byte] ^= 0x10;
+            file.write_all_at(&bad, 0).unwrap();
+            assert!(matches!(Table::open(&file), Err(Error::BadFile { .. })), "byte {byte}");
+        }
+        file.write_all_at(&good, 0).unwrap();
+        Table::open(&file).unwrap();
+        file.set_len(length - 8).unwrap();
+        assert!(matches!(Table::open(&file), Err(Error::BadFile { .. })));
+        file.set_len(0).unwrap();
+        file.write_all(b"OVMSTBL\0").unwrap();
+        assert!(matches!(Table::open(&file), Err(Error::BadFile { .. })));
+    }
+
+    #[test]
+    fn layer_map_is_no_table() {
+        let file = tempfile::tempfile().unwrap();
+        map_of(&[1, 2]).write_to(&file).unwrap();
+        assert!(matches!(Table::open(&file), Err(Error::BadFile { .. })));
+        assert_eq!(LayerMap::read_from(&file).unwrap(), map_of(&[1, 2]));
+    }
+}

@@ -37,7 +37,7 @@ const PER_CHUNK: u64 = PER_WORD * WORDS as u64;
 /// The low bit of every block in a word.
 const LOW_BITS: u64 = 0x5555_5555_5555_5555;
 /// Loaded chunks (4 KiB each) beyond which unchanged ones are dropped.
-const MAX_LOADED: usize = 256;
+pub(super) const MAX_LOADED: usize = 256;
 
 #[derive(Debug)]
 struct Chunk {
@@ -188,6 +188,11 @@ impl BlockMap {
     pub fn is_crowded(&self) -> bool {
         let chunks = self.chunks.read().unwrap_or_else(PoisonError::into_inner);
         chunks.len() >= MAX_LOADED && chunks.values().all(|c| c.dirty.load(Ordering::Acquire))
+    }
+
+    #[cfg(test)]
+    pub fn loaded(&self) -> usize {
+        self.chunks.read().unwrap().len()
     }
 
     /// Writes changes and waits until they are on the medium.

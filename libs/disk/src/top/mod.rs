@@ -257,6 +257,11 @@ impl Top {
         Ok(())
     }
 
+    #[cfg(test)]
+    pub(crate) fn loaded_chunks(&self) -> usize {
+        self.map.loaded()
+    }
+
     fn check_health(&self) -> Result<()> {
         if self.poisoned.load(Ordering::Acquire) {
             return Err(Error::Poisoned);
