@@ -124,7 +124,8 @@ impl Machine {
     /// `Internal` if it refuses.
     pub fn start(&self) -> Result<()> {
         self.inner.step("start");
-        match self.inner.shared().state {
+        let state = self.inner.shared().state;
+        match state {
             State::Creating | State::Created => (),
             State::Stopped => return Err(gone(&self.inner)),
             State::Running | State::Paused => return Err(wrong_state(&self.inner, "has been started before")),
@@ -181,7 +182,6 @@ impl Machine {
     }
 
     /// Waits for the end; any number of threads may wait, before and after it.
-    #[must_use]
     pub fn wait(&self) -> ExitInfo {
         let mut shared = self.inner.shared();
         loop {
@@ -323,7 +323,8 @@ impl Machine {
     }
 
     fn started(&self) -> Result<()> {
-        match self.inner.shared().state {
+        let state = self.inner.shared().state;
+        match state {
             State::Creating | State::Created => Err(wrong_state(&self.inner, "was not started")),
             State::Stopped => Err(gone(&self.inner)),
             State::Running | State::Paused => Ok(()),
