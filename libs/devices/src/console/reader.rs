@@ -118,3 +118,82 @@ fn queue_all(queue: &InputQueue, bytes: &[u8]) {
 fn is_regular(file: &File) -> bool {
     file.metadata().map(|m| m.is_file()).unwrap_or(false)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{pipe, Seek, Write};
+    use std::time::Instant;
+
+    fn drain(queue: &InputQueue, wanted: usize) -> Vec<u8> {
+        let start = Instant::now();
+        let mut got = Vec::new();
+        while got.len() < wanted && start.elapsed() < Duration::from_secs(10) {
+            got.extend(queue.pop(100));
+            std::thread::yield_now();
+        }
+        got
+    }
+
+    #[test]
+    fn input_longer_than_the_queue_arrives_whole() {
+        let (reader, mut writer) = pipe().unwrap();
+        let queue = Arc::new(InputQueue::new());
+        let _reader = Reader::spawn(reader.into(), queue.clone(), &Spawner::default()).unwrap();
+        let text: Vec<u8> = (0..50_000u32).map(|i| i as u8).collect();
+        writer.write_all(&text).unwrap();
+        assert_eq!(drain(&queue, text.len()), text);
+    }
+
+    #[test]
+    fn held_queue_leaves_input_in_the_pipe() {
+        let (reader, mut writer) = pipe().unwrap();
+        let queue = Arc::new(InputQueue::new());
+        queue.hold();
+        let _reader = Reader::spawn(reader.into(), queue.clone(), &Spawner::default()).unwrap();
+        writer.write_all(b"abc").unwrap();
+        std::thread::sleep(Duration::from_millis(30));
+        assert!(queue.is_empty());
+        queue.release();
+        assert_eq!(drain(&queue, 3), b"abc");
+    }
+
+    #[test]
+    fn fifo_that_hung_up_is_read_again_when_a_writer_comes() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("stdin");
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            &path,
+            rustix::fs::FileType::Fifo,
+            rustix::fs::Mode::from_raw_mode(0o600),
+            0,
+        )
+        .unwrap();
+        let open_writer = || std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+        let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::NONBLOCK;
+        let fd = rustix::fs::open(&path, flags, rustix::fs::Mode::empty()).unwrap();
+        let queue = Arc::new(InputQueue::new());
+        let _reader = Reader::spawn(fd, queue.clone(), &Spawner::default()).unwrap();
+        for text in [b"one", b"two"] {
+            open_writer().write_all(text).unwrap();
+            assert_eq!(drain(&queue, 3), text);
+        }
+    }
+
+    #[test]
+    fn file_ends_and_stop_ends_the_thread_at_once() {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(b"script").unwrap();
+        file.rewind().unwrap();
+        let queue = Arc::new(InputQueue::new());
+        let reader = Reader::spawn(file.into(), queue.clone(), &Spawner::default()).unwrap();
+        assert_eq!(drain(&queue, 6), b"script");
+        let (idle, _writer) = pipe().unwrap();
+        let waiting = Reader::spawn(idle.into(), Arc::new(InputQueue::new()), &Spawner::default()).unwrap();
+        let start = Instant::now();
+        reader.stop();
+        waiting.stop();
+        assert!(start.elapsed() < Duration::from_secs(5));
+    }
+}

@@ -68,7 +68,7 @@ impl Writer {
     }
 
     /// Waits until everything pushed so far is written, at most until `deadline`, then ends the thread and closes the
-    /// descriptor. Returns how many bytes were not written. Later pushes are dropped.
+    /// descriptor. Returns how many bytes were never written. Later pushes are dropped.
     pub fn flush_and_close(&self, deadline: Instant) -> u64 {
         let unwritten = {
             let mut ring = lock(&self.shared.ring);
@@ -83,6 +83,7 @@ impl Writer {
                 ring = self.shared.changed.wait_timeout(ring, left).unwrap_or_else(PoisonError::into_inner).0;
             }
         };
+        let lost = self.lost();
         let _ = self.shared.stop.write(1);
         // A thread that is stuck in a write to a dead terminal is left behind; it holds nothing but its descriptor.
         if unwritten == 0 {
@@ -90,7 +91,7 @@ impl Writer {
                 let _ = thread.join();
             }
         }
-        self.shared.lost.load(Ordering::Relaxed).saturating_add(unwritten as u64)
+        lost.saturating_add(unwritten as u64)
     }
 
     /// Bytes dropped because nobody held the other end or the ring ran over.
@@ -176,9 +177,8 @@ impl Shared {
         let mut written = 0usize;
         while let Some(rest) = chunk.get(written..).filter(|rest| !rest.is_empty()) {
             match wait_fds(&[(&*out, Interest::Write), (&self.stop, Interest::Read)], None) {
-                Ok(ready) if ready.first() == Some(&true) => {}
-                Ok(_) => return written,
-                Err(_) => return written,
+                Ok(ready) if ready.get(1) == Some(&false) => {}
+                _ => return written,
             }
             match out.write(rest) {
                 Ok(count) => written = written.saturating_add(count),
@@ -187,5 +187,95 @@ impl Shared {
             }
         }
         written
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{pipe, Read};
+
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_secs(10)
+    }
+
+    #[test]
+    fn everything_pushed_is_written_before_close_returns() {
+        let (mut reader, writer) = pipe().unwrap();
+        let sink = Writer::spawn(writer.into(), &Spawner::default()).unwrap();
+        let text: Vec<u8> = (0..300_000u32).map(|i| i as u8).collect();
+        let expected = text.clone();
+        let reading = std::thread::spawn(move || {
+            let mut got = Vec::new();
+            reader.read_to_end(&mut got).unwrap();
+            got
+        });
+        for chunk in text.chunks(777) {
+            sink.wait_room(&|| false);
+            sink.push(chunk);
+        }
+        assert_eq!(sink.flush_and_close(soon()), 0);
+        assert_eq!(reading.join().unwrap(), expected);
+    }
+
+    #[test]
+    fn full_ring_gates_until_the_reader_reads_or_the_waiter_is_kicked() {
+        let (mut reader, writer) = pipe().unwrap();
+        let sink = Arc::new(Writer::spawn(writer.into(), &Spawner::default()).unwrap());
+        // More than the pipe and the ring hold together.
+        sink.push(&[b'x'; SOFT_LIMIT * 3]);
+        let stop = Arc::new(AtomicBool::new(false));
+        let (waiting, asked) = (sink.clone(), stop.clone());
+        let waiter = std::thread::spawn(move || waiting.wait_room(&|| asked.load(Ordering::SeqCst)));
+        std::thread::sleep(Duration::from_millis(20));
+        assert!(!waiter.is_finished());
+        stop.store(true, Ordering::SeqCst);
+        sink.kick();
+        waiter.join().unwrap();
+        let reading = std::thread::spawn(move || {
+            let mut got = Vec::new();
+            reader.read_to_end(&mut got).unwrap();
+            got.len()
+        });
+        sink.wait_room(&|| false);
+        assert!(!sink.is_full());
+        assert_eq!(sink.flush_and_close(soon()), 0);
+        assert!(reading.join().unwrap() >= SOFT_LIMIT);
+    }
+
+    #[test]
+    fn close_with_nobody_reading_returns_at_the_deadline_and_says_what_was_lost() {
+        let (mut reader, writer) = pipe().unwrap();
+        let sink = Writer::spawn(writer.into(), &Spawner::default()).unwrap();
+        sink.push(&vec![b'x'; 200_000]);
+        let start = Instant::now();
+        let lost = sink.flush_and_close(start + Duration::from_millis(100));
+        assert!(start.elapsed() < Duration::from_secs(5));
+        let mut written = Vec::new();
+        reader.read_to_end(&mut written).unwrap();
+        // A pipe holds 64 KiB; the chunk that was being written may count twice.
+        assert!(lost >= 200_000 - 65_536);
+        let sum = lost + written.len() as u64;
+        assert!((200_000..=200_000 + CHUNK as u64).contains(&sum), "{lost} lost, {} written", written.len());
+    }
+
+    #[test]
+    fn push_after_the_other_end_is_gone_is_counted_as_lost() {
+        let (reader, writer) = pipe().unwrap();
+        drop(reader);
+        let sink = Writer::spawn(writer.into(), &Spawner::default()).unwrap();
+        sink.push(b"nobody hears");
+        assert_eq!(sink.flush_and_close(soon()), 12);
+        assert!(!sink.is_full());
+    }
+
+    #[test]
+    fn push_beyond_the_hard_limit_is_counted_as_lost() {
+        let (_reader, writer) = pipe().unwrap();
+        let sink = Writer::spawn(writer.into(), &Spawner::default()).unwrap();
+        for _ in 0..3 {
+            sink.push(&vec![b'x'; HARD_LIMIT]);
+        }
+        assert!(sink.lost() >= HARD_LIMIT as u64);
     }
 }
