@@ -1,15 +1,17 @@
 //! `ovm build`: files in, a runnable image in an OCI layout out.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use clap::Parser;
-use ovms_artifact::build::{Built, ImageName, Options, Recipe};
+use ovms_artifact::build::{BuildError, Built, ImageName, Options, Recipe};
 use ovms_artifact::layout::{DirSink, Sink, TarSink};
 use ovms_artifact::manifest::{
     Device, DiskFormat, Initrd, Kernel, MachineDefaults, Manifest, Metadata, RamCompression, RamSnapshot, Ref,
     RuntimeHints,
 };
 use ovms_config::size::parse_size;
+use ovms_disk::layer::{probe, Format, Limits};
 use serde_json::Map;
 
 use crate::error::CliError;
@@ -97,6 +99,7 @@ pub fn run(args: Args) -> Result<(), CliError> {
     let quiet = args.quiet;
     let recipe = recipe(args)?;
     recipe.check()?;
+    probe_disks(&recipe)?;
     let sink = sink(&output, epoch.unwrap_or_default())?;
     let built = recipe.build(sink, options, &Steps::new(quiet))?;
     print(&built, &output, quiet);
@@ -111,6 +114,26 @@ fn print(built: &Built, output: &Path, quiet: bool) {
     for name in &built.names {
         eprintln!("{} in {} ({})", name.full, output.display(), text::size(built.size));
     }
+}
+
+/// A disk whose header the block stack refuses.
+#[derive(Debug, thiserror::Error)]
+#[error("{} cannot be a disk layer", path.display())]
+struct DiskRefused {
+    path: PathBuf,
+    source: ovms_disk::Error,
+}
+
+/// Has each disk's header read by the code that unpacks it when the image is pulled.
+fn probe_disks(recipe: &Recipe) -> Result<(), CliError> {
+    for (path, layer) in recipe.disks.iter().zip(&recipe.manifest.disk_layers) {
+        let format = if layer.format == DiskFormat::Qcow2 { Format::Qcow2 } else { Format::Raw };
+        let read = |source| BuildError::Read { path: path.clone(), source };
+        let file = File::open(path).map_err(read)?;
+        let refused = |source| CliError::invalid(DiskRefused { path: path.clone(), source });
+        probe(&file, format, &Limits::default()).map_err(refused)?;
+    }
+    Ok(())
 }
 
 /// A directory, or a tar by its name.

@@ -136,6 +136,9 @@ fn wrong_usage_returns_2() {
 fn bad_input_returns_65_and_leaves_nothing() {
     let parts = Parts::new();
     parts.write("text", b"this is no kernel");
+    let mut huge_clusters = fs::read(parts.path("base.qcow2")).unwrap();
+    huge_clusters[23] = 40;
+    parts.write("askew.qcow2", &huge_clusters);
     let base = ["build", "-o", "out", "--name", "a", "--version", "1"];
     let long = "x".repeat(3000);
     for (flags, wanted) in [
@@ -144,15 +147,12 @@ fn bad_input_returns_65_and_leaves_nothing() {
         (&["--kernel", "vmlinuz", "--device", "gpu,name=g"], "devices[0].type: this runtime has no device \"gpu\""),
         (&["--kernel", "vmlinuz", "--vcpus", "99"], "io.ovms.vcpus: 99 is out of range"),
         (&["--disk", "text,format=qcow2"], "text cannot be a disk layer"),
+        (&["--disk", "askew.qcow2"], "askew.qcow2 cannot be a disk layer: "),
         (&["--initrd", "initrd.img", "--disk", "base.qcow2"], "initrd: needs a kernel"),
         (&["--args", "quiet", "--disk", "base.qcow2"], "--args is for a kernel"),
-        (&[], "nothing to boot from"),
+        (&[], "kernel: missing, and there is no disk layer to boot from"),
     ] {
-        if flags.is_empty() {
-            refused(&parts, &base, 65, "kernel: missing");
-        } else {
-            refused(&parts, &[&base[..], flags].concat(), 65, wanted);
-        }
+        refused(&parts, &[&base[..], flags].concat(), 65, wanted);
         assert!(!parts.path("out").exists(), "{flags:?} leaves something half-made");
     }
 }

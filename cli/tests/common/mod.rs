@@ -40,6 +40,8 @@ impl Parts {
             let mut disk = vec![fill; 8192];
             disk[..512].fill(0);
             disk[..8].copy_from_slice(b"QFI\xfb\0\0\0\x03");
+            // Clusters of 64 KiB, refcounts of 16 bits, a header of 104 bytes, a disk of no size: the least there is.
+            (disk[23], disk[99], disk[103]) = (16, 4, 104);
             parts.write(name, &disk);
         }
         parts

@@ -272,7 +272,7 @@ fn bare_disk(
     limits: &Limits,
     visit: &mut dyn FnMut(DiskFile<'_>) -> VisitResult,
 ) -> Result<DiskSummary, LayerError> {
-    let mut disk = Member { inner: &mut content, size: 0, limit: limits.disk, hasher: None };
+    let mut disk = Member { inner: &mut content, size: 0, limit: limits.disk, hasher: None, failed: false };
     hand_over(&mut disk, format, None, visit)?;
     Ok(DiskSummary { format, size: disk.size, digest: None, bare: true })
 }
@@ -284,12 +284,16 @@ fn hand_over(
     size: Option<u64>,
     visit: &mut dyn FnMut(DiskFile<'_>) -> VisitResult,
 ) -> Result<(), LayerError> {
-    visit(DiskFile { format, size, reader: disk }).map_err(|e| match e.downcast() {
-        // What the stream itself said comes back through the visitor's reads: give it its own name again.
-        Ok(io) => stream_error(*io),
-        Err(other) => LayerError::Visitor(other),
-    })?;
-    io::copy(disk, &mut io::sink()).map(drop).map_err(stream_error)
+    let visited = visit(DiskFile { format, size, reader: disk });
+    match (visited, disk.failed) {
+        (Ok(()), _) => io::copy(disk, &mut io::sink()).map(drop).map_err(stream_error),
+        // The stream's own error comes back through the visitor's reads: give it its own name again.
+        (Err(error), true) => Err(match error.downcast::<io::Error>() {
+            Ok(error) => stream_error(*error),
+            Err(error) => LayerError::Visitor(error),
+        }),
+        (Err(error), false) => Err(LayerError::Visitor(error)),
+    }
 }
 
 /// Recognises our own errors inside an [`io::Error`].
@@ -346,7 +350,7 @@ impl<R: Read> TarWalk<R> {
         }
         let hasher = self.descriptor.is_some().then(Hasher::new);
         let mut content = self.walker.content();
-        let mut disk = Member { inner: &mut content, size: 0, limit: limits.disk, hasher };
+        let mut disk = Member { inner: &mut content, size: 0, limit: limits.disk, hasher, failed: false };
         hand_over(&mut disk, format, Some(size), visit)?;
         let digest = disk.hasher.map(Hasher::finish);
         self.disk = Some(DiskSummary { format, size, digest, bare: false });
@@ -432,13 +436,16 @@ struct Member<'a> {
     size: u64,
     limit: u64,
     hasher: Option<Hasher>,
+    /// A read failed: what the visitor then says is about the layer.
+    failed: bool,
 }
 
 impl Read for Member<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let n = self.inner.read(buffer)?;
+        let n = self.inner.read(buffer).inspect_err(|_| self.failed = true)?;
         self.size = self.size.saturating_add(n as u64);
         if self.size > self.limit {
+            self.failed = true;
             return Err(io::Error::other(CapError::Disk(self.limit)));
         }
         if let Some(hasher) = &mut self.hasher {

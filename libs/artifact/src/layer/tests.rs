@@ -191,6 +191,10 @@ fn a_visitors_own_error_comes_back() {
     let bytes = tar_of(&[("ovm/disk.raw", b"y")]);
     let error = read(bytes.as_slice(), PLAIN, &Limits::default(), &mut |_| Err("no space".into())).unwrap_err();
     assert!(matches!(error, LayerError::Visitor(inner) if inner.to_string() == "no space"));
+
+    let full = || std::io::Error::from(std::io::ErrorKind::StorageFull).into();
+    let error = read(bytes.as_slice(), PLAIN, &Limits::default(), &mut |_| Err(full())).unwrap_err();
+    assert!(matches!(error, LayerError::Visitor(_)), "an error of the visitor's own output is its own: {error}");
 }
 
 #[test]
