@@ -36,6 +36,7 @@ HOST_PACKAGES = (
     "seabios",
     "skopeo",
     "strace",
+    "systemd",
     "util-linux",
     "zstd",
 )

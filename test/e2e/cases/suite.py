@@ -10,7 +10,7 @@ from e2e.harness.ovms import REPO
 _SUITE = REPO / "target/e2e/snapshotter-suite"
 
 
-@case(vm=False, containerds=(), seconds=240)
+@case(vm=False, guests=("native",), containerds=(), seconds=240)
 def containerd_snapshotter_suite(bed: Bed) -> None:
     """Every test of containerd's suite passes against our snapshotter over a proxy client."""
     if not _SUITE.exists():
