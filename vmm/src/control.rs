@@ -26,8 +26,6 @@ enum CommandError {
     Refused(#[from] Refused),
     #[error("the disk is as it was")]
     Freeze(#[from] FreezeError),
-    #[error("{0} is not part of this machine")]
-    NoDevice(&'static str),
 }
 
 /// Owns a configured machine until it ends.
@@ -91,7 +89,10 @@ impl Owner {
                 self.transit(Input::Tell)?;
                 self.machine.devices().pm.press_power_button();
             }
-            Command::Balloon { .. } => return Err(CommandError::NoDevice("a balloon")),
+            Command::Balloon { bytes } => {
+                self.transit(Input::Tell)?;
+                self.machine.devices().balloon.set_target(*bytes);
+            }
             Command::ResizeConsole { columns, rows } => {
                 self.transit(Input::Tell)?;
                 self.machine.devices().virtio_console.resize(*columns, *rows);
@@ -120,7 +121,11 @@ impl Owner {
     }
 
     fn status(&self) -> Status {
-        Status { state: self.state, balloon_bytes: 0, exits: self.machine.exits() }
+        Status {
+            state: self.state,
+            balloon_bytes: self.machine.devices().balloon.actual(),
+            exits: self.machine.exits(),
+        }
     }
 
     /// The guest is gone: what it said is written before the engine hears of it.

@@ -17,6 +17,7 @@ use ovms_devices::irq::MsiSink;
 use ovms_devices::machine::EventSink;
 use ovms_devices::pci::PciError;
 use ovms_devices::threads::Spawner;
+use ovms_devices::virtio::balloon::Balloon;
 use ovms_devices::virtio::console::Console;
 use ovms_devices::virtio::pci::{TransportError, VirtioPci};
 use ovms_disk::Stack;
@@ -107,6 +108,8 @@ pub struct Devices {
     pub generation_id: VmGenId,
     /// The virtio console.
     pub virtio_console: Arc<Console>,
+    /// Takes memory back from the guest.
+    pub balloon: Arc<Balloon>,
     disks: Vec<Arc<Stack>>,
     functions: Vec<Arc<VirtioPci>>,
     writer: Option<Arc<Writer>>,
@@ -150,7 +153,7 @@ impl Devices {
         let legacy = legacy::Legacy::insert(&mut ports, &mut mmio, ram, &ioapic, events, &console, &serial_input)?;
         let mut pci = pci::PciBuilder::new(vm, ram, messages, events)?;
         let ends = (virtio_input, Arc::clone(&console));
-        let virtio = virtio::Virtio::new(&mut pci, spec.config(), fds, ends, spawner)?;
+        let virtio = virtio::Virtio::new(&mut pci, spec.config(), fds, ends, Arc::new(Ram::clone(ram)), spawner)?;
         pci.insert(&mut ports, &mut mmio)?;
         let generation_id = VmGenId::new(layout::VMGENID_PAGE, random_guid());
         ram.memory()
@@ -165,6 +168,7 @@ impl Devices {
             console,
             generation_id,
             virtio_console: virtio.console,
+            balloon: virtio.balloon,
             disks: virtio.disks,
             functions: virtio.functions,
             writer,

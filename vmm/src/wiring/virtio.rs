@@ -1,4 +1,4 @@
-//! The virtio devices of a machine: its disks, a console, entropy.
+//! The virtio devices of a machine: its disks, a console, entropy, a balloon.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -7,10 +7,12 @@ use std::sync::Arc;
 use ovms_config::vm::{DiskConfig, VmConfig};
 use ovms_devices::console::{ByteSink, InputQueue};
 use ovms_devices::threads::Spawner;
+use ovms_devices::virtio::balloon::Balloon;
 use ovms_devices::virtio::blk::{Block, BlockOptions};
 use ovms_devices::virtio::console::Console;
 use ovms_devices::virtio::pci::VirtioPci;
 use ovms_devices::virtio::rng::Rng;
+use ovms_devices::virtio::MemoryDiscard;
 use ovms_disk::{Stack, StackFiles, TopFiles};
 
 use super::pci::PciBuilder;
@@ -42,6 +44,7 @@ impl InputOwner {
 pub(super) struct Virtio {
     pub disks: Vec<Arc<Stack>>,
     pub console: Arc<Console>,
+    pub balloon: Arc<Balloon>,
     pub functions: Vec<Arc<VirtioPci>>,
 }
 
@@ -51,6 +54,7 @@ impl Virtio {
         config: &VmConfig,
         fds: &mut Fds,
         console: (Arc<InputQueue>, Arc<dyn ByteSink>),
+        memory: Arc<dyn MemoryDiscard>,
         spawner: &Spawner,
     ) -> Result<Self, WiringError> {
         let mut functions = Vec::new();
@@ -68,7 +72,9 @@ impl Virtio {
         functions.push(pci.add_virtio("virtio-console".into(), Arc::clone(&console) as _)?);
         let rng = Rng::new(spawner).map_err(no_start("entropy source"))?;
         functions.push(pci.add_virtio("virtio-rng".into(), rng)?);
-        Ok(Self { disks, console, functions })
+        let balloon = Balloon::new(memory, spawner).map_err(no_start("balloon"))?;
+        functions.push(pci.add_virtio("virtio-balloon".into(), Arc::clone(&balloon) as _)?);
+        Ok(Self { disks, console, balloon, functions })
     }
 }
 
