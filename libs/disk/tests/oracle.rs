@@ -79,6 +79,8 @@ fn build(dir: &Dir, name: &str, make: &Make, backing: Option<&str>) {
     for step in &make.steps {
         let cut = |o: &u64, l: &u64| format!("{} {}", o * 512, (*l).min(make.sectors - o) * 512);
         commands.push(match step {
+            // Some of the data compresses badly, so that compressed clusters have all lengths.
+            Step::Write(o, l, p) if p % 2 == 0 => format!("write -q -s noise {}", cut(o, l)),
             Step::Write(o, l, p) => format!("write -q -P {p} {}", cut(o, l)),
             Step::Zero(o, l) => format!("write -q -z {}", cut(o, l)),
             Step::Discard(o, l) => format!("discard -q {}", cut(o, l)),

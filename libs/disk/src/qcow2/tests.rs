@@ -26,8 +26,8 @@ fn sound() -> Vec<u8> {
     for i in 0..6 {
         image[2 * CLUSTER + 2 * i + 1] = 1;
     }
-    set64(&mut image, 3 * CLUSTER, 4 * CLUSTER as u64 | COPIED);
-    set64(&mut image, 4 * CLUSTER, 5 * CLUSTER as u64 | COPIED);
+    set64(&mut image, 3 * CLUSTER, (4 * CLUSTER as u64) | COPIED);
+    set64(&mut image, 4 * CLUSTER, (5 * CLUSTER as u64) | COPIED);
     set64(&mut image, 4 * CLUSTER + 8, ZERO);
     image[5 * CLUSTER..].fill(7);
     image
@@ -204,7 +204,7 @@ fn wrong_tables_and_clusters_are_refused() {
         (|i| set64(i, 262_144, 3 * CLUSTER as u64), "where a table lies"),
         (|i| set64(i, 262_144, CLUSTER as u64), "where a table lies"),
         (|i| set64(i, 262_144, COMPRESSED | 0x3fff_ffff_ffff_ffff), "outside of the file"),
-        (|i| set64(i, 262_144, COMPRESSED | 5 * CLUSTER as u64), "cannot be decompressed"),
+        (|i| set64(i, 262_144, COMPRESSED | (5 * CLUSTER as u64)), "cannot be decompressed"),
     ];
     for (n, (change, want)) in cases.iter().enumerate() {
         let why = why(change);
@@ -237,7 +237,7 @@ fn subcluster_bitmap_that_contradicts_itself_is_refused() {
             set64(i, 4 * CLUSTER + 8, bitmap);
         })
     };
-    assert!(with(5 * CLUSTER as u64, 1 << 32 | 1).contains("impossible bitmap"));
+    assert!(with(5 * CLUSTER as u64, (1 << 32) | 1).contains("impossible bitmap"));
     assert!(with(0, 2).contains("impossible bitmap"));
     let small = why(|i| {
         set64(i, 72, 1 << 4);
