@@ -36,7 +36,8 @@ impl Daemon {
         let layout = Layout::open(root)?;
         let store = Store::open(&layout.store())?;
         let containerd = Containerd::new(&settings.paths.containerd_socket)?;
-        let daemon = Self { layout, store, overlay: OverlayOptions::probe(), containerd, settings, keyed: Keyed::default() };
+        let daemon =
+            Self { layout, store, overlay: OverlayOptions::probe(), containerd, settings, keyed: Keyed::default() };
         daemon.cleanup()?;
         Ok(Arc::new(daemon))
     }

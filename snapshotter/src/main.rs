@@ -184,7 +184,12 @@ async fn serve(sockets: Sockets, root: PathBuf, settings: Settings) -> Result<()
 }
 
 fn start_log(level: &str, format: LogFormat) -> Result<()> {
-    let filter = tracing_subscriber::EnvFilter::try_new(level)
+    // A bare level is meant for the daemon; the libraries below it say what is wrong and no more.
+    let directives = match level.parse::<tracing::Level>() {
+        Ok(_) => format!("warn,ovms_snapshotter={level}"),
+        Err(_) => level.to_owned(),
+    };
+    let filter = tracing_subscriber::EnvFilter::try_new(directives)
         .context_kind(error::Kind::Invalid, || format!("{level:?} is no log level"))?;
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     match format {

@@ -69,7 +69,8 @@ pub async fn diff(daemon: &Arc<Daemon>, scope: &Scope, request: DiffRequest, cha
 fn in_use(err: ovms_bundle::Error) -> Error {
     match err {
         err @ ovms_bundle::Error::InUse { .. } => {
-            Error::precondition("the disk of a running machine cannot be written out yet: stop the machine first").because(err)
+            Error::precondition("the disk of a running machine cannot be written out yet: stop the machine first")
+                .because(err)
         }
         err => Error::internal("the machine's disk cannot be opened").because(err),
     }
@@ -140,7 +141,12 @@ fn descriptor(
 const BLOCK: usize = 512;
 
 /// Writes one member, whose content has exactly this size.
-fn member(to: &mut dyn Write, name: &str, size: u64, content: &dyn Fn(&mut dyn Write) -> io::Result<()>) -> io::Result<()> {
+fn member(
+    to: &mut dyn Write,
+    name: &str,
+    size: u64,
+    content: &dyn Fn(&mut dyn Write) -> io::Result<()>,
+) -> io::Result<()> {
     let mut header = tar::Header::new_gnu();
     header.set_path(name)?;
     header.set_size(size);
@@ -223,7 +229,8 @@ mod tests {
     fn a_layer_written_is_read_again() {
         let manifest = Manifest::new("test", "1");
         let disk = b"a disk of some bytes";
-        let text = descriptor(manifest, &Some(format!("/b/{}", Digest::of(b"k").hex()).into()), &None, Digest::of(disk), 20);
+        let text =
+            descriptor(manifest, &Some(format!("/b/{}", Digest::of(b"k").hex()).into()), &None, Digest::of(disk), 20);
         let text = text.unwrap();
         for compression in [Compression::None, Compression::Gzip, Compression::Zstd] {
             let mut tar = Hashing { inner: Compressor::new(Vec::new(), compression).unwrap(), hasher: Hasher::new() };

@@ -42,10 +42,14 @@ pub async fn of_container(containerd: &Containerd, scope: &Scope, id: &str, chai
     let documents = documents(containerd, scope, &target.media_type, &target.digest, chain).await.map_err(named)?;
     let Documents { parts, args } = documents;
     let blob = parts.manifest.as_ref().ok_or_else(|| {
-        named(Error::invalid(format!("it is no OVMS image: it has neither a descriptor layer nor a blob of type {}", media::MANIFEST)))
+        named(Error::invalid(format!(
+            "it is no OVMS image: it has neither a descriptor layer nor a blob of type {}",
+            media::MANIFEST
+        )))
     })?;
     let manifest = manifest(containerd, scope, blob).await.map_err(named)?;
-    let resolved = parts.resolve(manifest).map_err(|err| named(refused("its manifest and its blobs do not fit", err)))?;
+    let resolved =
+        parts.resolve(manifest).map_err(|err| named(refused("its manifest and its blobs do not fit", err)))?;
     let place = |diff_id: &Digest, from: usize| parts.layers.iter().skip(from).position(|l| l.diff_id == *diff_id);
     let mut disks: Vec<usize> = Vec::new();
     for disk in &resolved.disks {

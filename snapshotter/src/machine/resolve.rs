@@ -65,7 +65,10 @@ async fn machine_of(daemon: &Arc<Daemon>, source: &Path) -> Result<Chain> {
         )));
     }
     if chain.record.kind != Kind::Active {
-        return Err(Error::invalid(format!("snapshot {} is read-only: a machine starts from a prepared one", chain.key)));
+        return Err(Error::invalid(format!(
+            "snapshot {} is read-only: a machine starts from a prepared one",
+            chain.key
+        )));
     }
     Ok(chain)
 }
@@ -167,7 +170,9 @@ fn check_disks(formats: &[DiskFormat], layers: &[ReadyLayer]) -> Result<()> {
     let disks: Vec<_> = layers.iter().filter_map(|layer| layer.info.disk).collect();
     if formats.len() != disks.len() {
         let (listed, found) = (formats.len(), disks.len());
-        return Err(Error::invalid(format!("diskLayers: the manifest lists {listed} disk layers, the image has {found}")));
+        return Err(Error::invalid(format!(
+            "diskLayers: the manifest lists {listed} disk layers, the image has {found}"
+        )));
     }
     for (index, (listed, disk)) in formats.iter().zip(&disks).enumerate() {
         if let Some(found) = disk.format.filter(|found| found != listed) {
@@ -180,11 +185,14 @@ fn check_disks(formats: &[DiskFormat], layers: &[ReadyLayer]) -> Result<()> {
 
 /// The layers that the image's manifest names as its disk are the ones that hold disks.
 fn check_places(places: &[usize], layers: &[ReadyLayer]) -> Result<()> {
-    let found: Vec<usize> = layers.iter().enumerate().filter(|(_, l)| l.info.disk.is_some()).map(|(at, _)| at).collect();
+    let found: Vec<usize> =
+        layers.iter().enumerate().filter(|(_, l)| l.info.disk.is_some()).map(|(at, _)| at).collect();
     if places == found {
         return Ok(());
     }
-    Err(Error::invalid(format!("diskLayers: the manifest names layers {places:?} as disks, the image has disks in {found:?}")))
+    Err(Error::invalid(format!(
+        "diskLayers: the manifest names layers {places:?} as disks, the image has disks in {found:?}"
+    )))
 }
 
 fn write_bundle(daemon: &Daemon, dir: &Path, record: &Record, args: Option<&[String]>) -> Result<()> {

@@ -105,7 +105,8 @@ fn settle(
 ) -> Result<()> {
     let dir = made.path();
     if let Some(text) = descriptor {
-        Manifest::from_slice(text.as_bytes()).map_err(|err| super::refused("the layer's descriptor is refused", err))?;
+        Manifest::from_slice(text.as_bytes())
+            .map_err(|err| super::refused("the layer's descriptor is refused", err))?;
         write(dir, MANIFEST, text.as_bytes())?;
     }
     let disk = unpacked.disk.as_ref();
@@ -253,7 +254,8 @@ fn clear(daemon: &Daemon, number: u64) -> Result<()> {
 pub async fn resume(daemon: Arc<Daemon>) {
     let all = daemon.blocking(|daemon| daemon.store.list()).await;
     let numbers = all.map(|all| {
-        let unfinished = |record: &Record| matches!(record.content, Content::Machine(_)) && record.kind == Kind::Committed;
+        let unfinished =
+            |record: &Record| matches!(record.content, Content::Machine(_)) && record.kind == Kind::Committed;
         all.into_iter().filter(|(_, record)| unfinished(record)).map(|(_, record)| record.number).collect::<Vec<_>>()
     });
     for number in numbers.unwrap_or_default() {
