@@ -44,7 +44,7 @@ pub struct StackFiles {
 /// time and range have no order among them, as on a real disk.
 ///
 /// System calls of a running stack (for the VMM's seccomp filter): `preadv`, `pwritev`, `pread64`, `pwrite64`,
-/// `fdatasync`, `fsync`, `fallocate`, `ftruncate` (grow), `fstat` (freeze), `futex`, and those of the allocator.
+/// `fdatasync`, `fallocate`, `fsync` and `ftruncate` (grow), `statx` (freeze), `futex`, and those of the allocator.
 /// Opening one also needs `mmap` and `munmap`.
 #[derive(Debug)]
 pub struct Stack {
