@@ -27,6 +27,7 @@ pub mod bus;
 pub mod console;
 pub mod irq;
 pub mod legacy;
+mod log_limit;
 pub mod machine;
 pub mod pci;
 mod poll;

@@ -10,15 +10,18 @@ use std::sync::Arc;
 use std::thread::{Builder, JoinHandle};
 
 /// What a thread is for; the machine monitor picks its seccomp filter by it.
+///
+/// Besides what the allocator, locks and a panic need, all of them make `poll`, `read` and `write` (eventfds), and
+/// whatever the machine monitor's own [`crate::irq::MsiSink`] and [`crate::pci::MsixNotifier`] do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ThreadKind {
-    /// Reads a console's input from a host descriptor.
+    /// Reads a console's input from a host descriptor; `statx` at its end.
     ConsoleReader,
     /// Writes a console's output to a host descriptor.
     ConsoleWriter,
     /// Serves queues of a block device: makes the system calls of `ovms_disk::Stack`.
     Block,
-    /// Serves queues of any other device.
+    /// Serves queues of any other device: `getrandom`, and what [`crate::virtio::MemoryDiscard`] does.
     Device,
 }
 

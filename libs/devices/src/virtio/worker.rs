@@ -21,6 +21,7 @@ use vmm_sys_util::eventfd::{EventFd, EFD_CLOEXEC, EFD_NONBLOCK};
 
 use super::queue::{QueueError, Turn, VirtQueue};
 use super::{ActivateError, ActiveState, QueueProgress, VirtioInterrupt};
+use crate::log_limit::LogLimit;
 use crate::poll::{wait_fds, Interest};
 use crate::sync::lock;
 use crate::threads::{Spawner, ThreadKind};
@@ -60,6 +61,8 @@ struct Slot {
     command: Option<Command>,
     reply: Option<Vec<QueueProgress>>,
     dead: bool,
+    /// How to tell the driver that the thread has died under its hands.
+    interrupt: Option<Arc<dyn VirtioInterrupt>>,
 }
 
 struct Control {
@@ -93,7 +96,7 @@ impl Worker {
         let own = Arc::clone(&control);
         let thread = spawner.spawn(kind, name, move || {
             let _end = AtEnd(Arc::clone(&own));
-            Thread { control: &own, work, active: None, paused: false }.run();
+            Thread { control: &own, work, active: None, paused: false, log: LogLimit::new() }.run();
         })?;
         Ok(Self { control, nudge: None, calls: Mutex::new(()), thread: Some(thread) })
     }
@@ -155,6 +158,9 @@ impl Drop for AtEnd {
         let mut slot = lock(&self.0.slot);
         slot.dead = true;
         slot.command = None;
+        if let Some(interrupt) = slot.interrupt.take() {
+            interrupt.needs_reset();
+        }
         self.0.changed.notify_all();
     }
 }
@@ -192,6 +198,7 @@ struct Thread<'a, W> {
     work: W,
     active: Option<Active>,
     paused: bool,
+    log: LogLimit,
 }
 
 impl<W: QueueWorker> Thread<'_, W> {
@@ -220,7 +227,10 @@ impl<W: QueueWorker> Thread<'_, W> {
                 active.woken_due = Some(now);
             }
             if let Err(error) = serve_due(&mut self.work, active, now, &self.control.hurry) {
-                tracing::warn!(error = &error as &dyn std::error::Error, "the driver broke a queue, the device stops");
+                if self.log.allows() {
+                    let error = &error as &dyn std::error::Error;
+                    tracing::warn!(error, "the driver broke a queue, the device stops");
+                }
                 active.broken = true;
                 active.interrupt.needs_reset();
             }
@@ -235,7 +245,10 @@ impl<W: QueueWorker> Thread<'_, W> {
         let Some(command) = slot.command.take() else { return true };
         let stop = matches!(command, Command::Stop);
         match command {
-            Command::Activate(state) => self.activate(state),
+            Command::Activate(state) => {
+                slot.interrupt = Some(Arc::clone(&state.interrupt));
+                self.activate(state);
+            }
             Command::Pause => self.paused = true,
             Command::Resume => {
                 self.paused = false;
@@ -244,6 +257,7 @@ impl<W: QueueWorker> Thread<'_, W> {
                 }
             }
             Command::Reset | Command::Stop => {
+                slot.interrupt = None;
                 self.active = None;
                 self.work.reset();
             }

@@ -1,7 +1,7 @@
 //! The device: its features and configuration space, and its workers.
 
 use std::io;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 
 use virtio_bindings::bindings::virtio_blk as b;
@@ -9,6 +9,7 @@ use virtio_bindings::bindings::virtio_blk as b;
 use super::request::{ID_BYTES, MAX_RANGES, MAX_RANGE_SECTORS, SECTOR, SEG_MAX, SIZE_MAX};
 use super::worker::{BlockWorker, Shared};
 use super::BlockBackend;
+use crate::log_limit::LogLimit;
 use crate::threads::{Spawner, ThreadKind};
 use crate::virtio::worker::Worker;
 use crate::virtio::{read_bytes, ActivateError, ActiveState, ConfigNotifier, QueueProgress, VirtioDevice, TYPE_BLOCK};
@@ -62,7 +63,7 @@ impl Block {
         }
         let features = ALWAYS | if backend.is_read_only() { READ_ONLY } else { WRITABLE };
         let capacity = AtomicU64::new(backend.size() / SECTOR);
-        let shared = Arc::new(Shared { backend, id, errors: AtomicU32::new(0) });
+        let shared = Arc::new(Shared { backend, id, log: LogLimit::new() });
         let spawn = |index| {
             let work = BlockWorker::new(Arc::clone(&shared));
             Worker::spawn(spawner, ThreadKind::Block, &format!("blk-{index}"), work)

@@ -1,22 +1,20 @@
 //! Serves one queue of a block device.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::sync::Arc;
 
 use super::device::FLUSH;
 use super::request::{Executor, Failure, ID_BYTES};
 use super::BlockBackend;
+use crate::log_limit::LogLimit;
 use crate::virtio::queue::{QueueError, Turn, VirtQueue};
 use crate::virtio::worker::QueueWorker;
-
-/// Backend errors that one device writes to the log; a guest can provoke as many as it likes.
-const LOGGED_ERRORS: u32 = 16;
 
 /// What the workers of one device share.
 pub(super) struct Shared {
     pub(super) backend: Arc<dyn BlockBackend>,
     pub(super) id: [u8; ID_BYTES],
-    pub(super) errors: AtomicU32,
+    pub(super) log: LogLimit,
 }
 
 pub(super) struct BlockWorker {
@@ -42,7 +40,7 @@ impl QueueWorker for BlockWorker {
         queue.serve(hurry, |mem, request| {
             let (written, failure) = executor.execute(mem, request)?;
             if let Some(Failure::Backend(error)) = failure {
-                if shared.errors.fetch_add(1, Ordering::Relaxed) < LOGGED_ERRORS {
+                if shared.log.allows() {
                     tracing::warn!(error = &error as &dyn std::error::Error, "a request to the disk failed");
                 }
             }

@@ -25,6 +25,7 @@ use virtio_queue::{Queue, QueueState, QueueT};
 use vmm_sys_util::eventfd::{EventFd, EFD_CLOEXEC, EFD_NONBLOCK};
 
 use super::{ActivateError, ActiveQueue, ActiveState, QueueProgress, VirtioDevice, VirtioInterrupt};
+use crate::log_limit::LogLimit;
 use crate::pci::{BarRange, BarSpec, ConfigSpace, Identity, Msix, MsixNotifier, PciFunction, BAR_COUNT};
 use crate::sync::lock;
 use crate::GuestMemory;
@@ -82,6 +83,7 @@ pub struct VirtioPci {
     common: Mutex<CommonV1>,
     interrupt: Arc<Interrupt>,
     kicks: Vec<Arc<EventFd>>,
+    log: LogLimit,
 }
 
 impl VirtioPci {
@@ -130,6 +132,7 @@ impl VirtioPci {
             interrupt: Arc::new(Interrupt::new(Msix::new(vectors, notifier), queues)),
             limits,
             kicks,
+            log: LogLimit::new(),
             device,
         }))
     }
@@ -189,7 +192,9 @@ impl VirtioPci {
                     .build_queues(&common, &[])
                     .and_then(|queues| self.activate(queues, features).map_err(|error| error.to_string()));
                 if let Err(why) = activated {
-                    tracing::warn!(device = %self.name, why, "the driver's queues cannot be used");
+                    if self.log.allows() {
+                        tracing::warn!(device = %self.name, why, "the driver's queues cannot be used");
+                    }
                     self.interrupt.needs_reset();
                 }
             }

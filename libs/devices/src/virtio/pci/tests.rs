@@ -14,11 +14,15 @@ struct Echo {
 
 struct EchoWorker;
 
+/// What a request says to make the worker panic.
+const POISON: &[u8] = b"a defect of ours";
+
 impl QueueWorker for EchoWorker {
     fn serve(&mut self, queues: &mut [VirtQueue], at: usize, hurry: &AtomicBool) -> Result<Turn, QueueError> {
         queues[at].serve(hurry, |mem, request| {
             let mut data = vec![0; total(&request.readable).min(4096) as usize];
             copy_from(mem, &request.readable, 0, &mut data);
+            assert_ne!(data, POISON);
             Ok(copy_to(mem, &request.writable, 0, &data) as u32)
         })
     }
@@ -174,6 +178,49 @@ fn available_index_out_of_range_needs_reset() {
         driver.kick(0);
         assert!(driver.wait_for(Driver::broken), "{index}");
         driver.start(0);
+    }
+}
+
+#[test]
+fn worker_that_panics_needs_reset_and_blocks_nobody() {
+    let mut driver = Driver::ready(Echo::new(), 0);
+    let (head, _) = driver.prepare(0, &[Part::Out(POISON), Part::In(1)]);
+    driver.offer(0, head);
+    assert!(driver.wait_for(Driver::broken));
+    driver.function.pause();
+    driver.function.resume();
+    driver.write(0x14, 1, 0);
+    assert_eq!(driver.status(), 0);
+}
+
+/// Every register, written in every status by every width: no write leads to a state that cannot be restored, and none
+/// but a reset reaches a queue that is live.
+#[test]
+fn every_register_write_in_every_status_keeps_live_queues_alive() {
+    let mut driver = Driver::new(Echo::new());
+    let values = [0, 1, 2, 0x80, 0xff, 0x100, 0xffff, 0x1000, u64::MAX];
+    let steps: [&[u8]; 6] = [&[], &[1], &[1, 3], &[1, 3, 11], &[1, 3, 0x83], &[]];
+    for (case, steps) in steps.iter().enumerate() {
+        let live = case == 5;
+        for offset in 0..0x40 {
+            for (width, value) in [1, 2, 4, 8].into_iter().flat_map(|width| values.map(|value| (width, value))) {
+                driver.write(0x14, 1, 0);
+                if live {
+                    driver.start(0);
+                }
+                for status in *steps {
+                    driver.write(0x14, 1, (*status).into());
+                }
+                driver.write(offset, width, value);
+                let common = lock(&driver.function.common).clone();
+                assert_eq!(common.check(&driver.function.limits), Ok(()), "{case} {offset:#x} {width} {value:#x}");
+                let reset = offset == 0x14 && width == 1 && value as u8 == 0;
+                if live && !reset {
+                    let used = driver.request(0, &[Part::Out(b"x"), Part::In(1)]).0;
+                    assert_eq!(used.len, 1, "{offset:#x} {width} {value:#x}");
+                }
+            }
+        }
     }
 }
 

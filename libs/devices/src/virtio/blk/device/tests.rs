@@ -5,7 +5,7 @@ use crate::virtio::Segment;
 use crate::GuestMemory;
 use ovms_disk::{Stack, StackFiles, Table, Top, TopFiles};
 use std::fs::File;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU32};
 use std::sync::{Condvar, Mutex};
 use std::time::Duration;
 
