@@ -44,7 +44,7 @@ impl Owner {
     }
 
     /// Serves commands until the guest is gone or the engine is. All that the guest has said is written by then.
-    pub fn run(mut self) -> ExitReason {
+    pub fn run(&mut self) -> ExitReason {
         loop {
             let ready = match wait(&self.channel, &self.mailbox) {
                 Ok(ready) => ready,

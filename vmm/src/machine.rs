@@ -1,9 +1,11 @@
 //! A whole machine: memory, virtual machine, processors, devices.
 
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::time::Instant;
 
+use kvm_bindings::CpuId;
 use ovms_config::vm::VmSpec;
 use ovms_devices::machine::{EventSink, MachineEvent};
 use ovms_devices::threads::Spawner;
@@ -14,7 +16,7 @@ use crate::acpi::{self, AcpiError};
 use crate::boot::{self, BootError, Payload};
 use crate::cpuid::{self, Topology};
 use crate::fds::{FdError, Fds};
-use crate::kvm::{KvmError, Vm};
+use crate::kvm::{KvmError, SupportedCpuid, Vm};
 use crate::mailbox::{Mail, Sender};
 use crate::memory::Ram;
 use crate::report;
@@ -64,10 +66,14 @@ pub struct ThreadStart {
 pub struct Machine {
     ram: Ram,
     vm: Arc<Vm>,
+    /// What processors here can offer.
+    cpuid: CpuId,
     vcpus: Vec<Vcpu>,
     threads: Vec<Thread>,
     shared: Arc<Shared>,
     devices: Devices,
+    /// The devices are paused, and have to be told when the processors go on.
+    paused: AtomicBool,
 }
 
 impl Machine {
@@ -86,7 +92,9 @@ impl Machine {
     ) -> Result<Self, BuildError> {
         let config = spec.config();
         let count = config.vcpus as u8;
-        let vm = Arc::new(Vm::new(fds.take(config.kvm)?, &ram)?);
+        let device = fds.take(config.kvm)?;
+        let cpuid = SupportedCpuid::ask(&device).map_err(BuildError::Threads)?;
+        let vm = Arc::new(Vm::new(device, &ram)?);
         let vcpus = (0..count).map(|index| Vcpu::new(&vm, index)).collect::<Result<Vec<_>, _>>()?;
         timeline.passed("kvm");
         let gate = Arc::new(Gate::new(vcpus.len()));
@@ -117,7 +125,10 @@ impl Machine {
             .collect::<Result<Vec<_>, _>>()
             .map_err(BuildError::Threads)?;
         timeline.passed("threads");
-        Ok(Self { ram, vm, vcpus, threads, shared, devices })
+        let paused = AtomicBool::new(false);
+        let cpuid = cpuid.wait()?;
+        timeline.passed("cpuid");
+        Ok(Self { ram, vm, cpuid, vcpus, threads, shared, devices, paused })
     }
 
     /// Gives the machine the state in which it boots `payload`.
@@ -129,13 +140,12 @@ impl Machine {
         let rsdp = acpi::write(&self.ram, acpi::Description { vcpus: count })?;
         let entry = boot::load(&self.ram, payload, rsdp)?;
         timeline.passed("kernel");
-        let supported = self.vm.supported_cpuid()?;
         let topology = Topology { vcpus: count, tsc_deadline: self.vm.has_tsc_deadline_timer() };
         for vcpu in &self.vcpus {
             let index = vcpu.index();
             let failed = |err| BuildError::Registers(index, err);
             let fd = vcpu.lock();
-            let cpuid = cpuid::for_vcpu(&supported, topology, index);
+            let cpuid = cpuid::for_vcpu(&self.cpuid, topology, index);
             fd.set_cpuid2(&cpuid).map_err(|err| crate::kvm::failed("KVM_SET_CPUID2")(err))?;
             regs::set_common(&fd).map_err(failed)?;
             if index == 0 {
@@ -148,7 +158,9 @@ impl Machine {
 
     /// Lets the processors go, devices first.
     pub fn open(&self) {
-        self.devices.resume();
+        if self.paused.swap(false, Ordering::Relaxed) {
+            self.devices.resume();
+        }
         self.shared.gate.set(Wanted::Run);
     }
 
@@ -161,6 +173,7 @@ impl Machine {
             return false;
         }
         self.devices.pause();
+        self.paused.store(true, Ordering::Relaxed);
         true
     }
 

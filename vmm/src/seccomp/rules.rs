@@ -81,7 +81,6 @@ const CONSOLE: &[i64] =
 const LOADER: &[i64] = &[libc::SYS_lseek];
 
 // Numbers: the kernel's include/uapi/linux/kvm.h.
-const KVM_GET_SUPPORTED_CPUID: u64 = 0xc008_ae05;
 const KVM_CHECK_EXTENSION: u64 = 0xae03;
 const KVM_RUN: u64 = 0xae80;
 const KVM_GET_REGS: u64 = 0x8090_ae81;
@@ -101,7 +100,6 @@ const VCPU_IOCTLS: &[u64] = &[KVM_RUN, KVM_GET_REGS, KVM_SET_GSI_ROUTING, KVM_IO
 
 /// Sets the processors up, and interrupts (the power button) once it owns the machine.
 const LOADER_IOCTLS: &[u64] = &[
-    KVM_GET_SUPPORTED_CPUID,
     KVM_CHECK_EXTENSION,
     KVM_SET_REGS,
     KVM_GET_SREGS,

@@ -154,7 +154,7 @@ fn wrap(entries: &[kvm_msr_entry]) -> Result<Msrs, StateError> {
 mod tests {
     use super::*;
     use crate::cpuid::{self, Topology};
-    use crate::kvm::Vm;
+    use crate::kvm::{SupportedCpuid, Vm};
     use crate::memory::Ram;
     use crate::vcpu::regs;
     use std::fs::File;
@@ -164,10 +164,12 @@ mod tests {
     fn part(index: u8) -> VcpuPart {
         let ram = Ram::map(32 << 20).unwrap();
         let kvm = File::options().read(true).write(true).open("/dev/kvm").unwrap();
-        let vm = Vm::new(kvm.into(), &ram).unwrap();
+        let kvm = kvm.into();
+        let supported = SupportedCpuid::ask(&kvm).unwrap().wait().unwrap();
+        let vm = Vm::new(kvm, &ram).unwrap();
         let vcpu = Vcpu::new(&vm, index).unwrap();
         let topology = Topology { vcpus: 2, tsc_deadline: vm.has_tsc_deadline_timer() };
-        vcpu.lock().set_cpuid2(&cpuid::for_vcpu(&vm.supported_cpuid().unwrap(), topology, index)).unwrap();
+        vcpu.lock().set_cpuid2(&cpuid::for_vcpu(&supported, topology, index)).unwrap();
         regs::set_common(&vcpu.lock()).unwrap();
         VcpuPart::new(vcpu, vm.msr_indices().unwrap().into())
     }
