@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Parser;
 use ovms_artifact::image::Blob;
-use ovms_artifact::layout::{Layout, Loaded, Progress};
+use ovms_artifact::layout::{Layout, Loaded};
 use ovms_artifact::manifest::{Manifest, ManifestError, MAX_MANIFEST};
 
 use crate::error::CliError;
@@ -58,15 +58,9 @@ pub fn run(args: &Args) -> Result<(), CliError> {
             }
         }
         Input::Layout(layout) => {
-            let steps = Steps::new(args.quiet);
-            let mut checked = 0;
-            let mut count = |blob: &Blob| {
-                checked += 1;
-                steps.advance(blob.size);
-            };
-            let loaded = layout.verify(args.tag.as_deref(), &mut count)?;
+            let loaded = layout.verify(args.tag.as_deref(), &Steps::new(args.quiet))?;
             if !args.quiet {
-                print_image(&args.path, &loaded, checked);
+                print_image(&args.path, &loaded);
             }
         }
     }
@@ -80,7 +74,7 @@ fn print_manifest(path: &Path, manifest: &Manifest) {
     }
 }
 
-fn print_image(path: &Path, image: &Loaded, checked: usize) {
+fn print_image(path: &Path, image: &Loaded) {
     let manifest = &image.resolved.manifest;
     println!("{}: a valid image, {} {}", path.display(), manifest.name, manifest.version);
     println!("  image       {}", image.image.digest);
@@ -97,5 +91,6 @@ fn print_image(path: &Path, image: &Loaded, checked: usize) {
             println!("  descriptor  none: the manifest is a blob of its own, containerd's API resolves it at start")
         }
     }
+    let checked = image.parts.plain_blobs().count() + image.parts.layers.len();
     println!("  {checked} blobs have the digests, diff_ids and structure they should");
 }

@@ -92,7 +92,7 @@ fn built_directory_and_tar_verify_and_are_the_same_image() {
 
     for out in ["layout", "image.tar"] {
         let layout = Layout::open(&files.path(out)).unwrap();
-        let image = layout.verify(None, &mut |_| ()).unwrap();
+        let image = layout.verify(None, &Quiet).unwrap();
         assert_eq!(image.resolved.manifest, dir.manifest);
         assert_eq!(image, {
             let mut loaded = layout.load(None).unwrap();
@@ -164,7 +164,7 @@ fn raw_layers_are_the_disk_files_themselves() {
     let files = Files::new();
     let built = files.build("layout", Options { raw_layers: true, ..Options::default() });
     assert_eq!(built.manifest.disk_layers[1].reference, Ref::Digest(Digest::of(&[7; 1000])));
-    let image = Layout::open(&files.path("layout")).unwrap().verify(None, &mut |_| ()).unwrap();
+    let image = Layout::open(&files.path("layout")).unwrap().verify(None, &Quiet).unwrap();
     assert!(image.resolved.disks.iter().all(|d| d.layer.disk.unwrap().bare));
 }
 
@@ -294,7 +294,7 @@ fn image_without_a_kernel_builds_from_its_disk_alone() {
 
     recipe.build(sink, Options::default(), &Quiet).unwrap();
 
-    let image = Layout::open(&files.path("layout")).unwrap().verify(None, &mut |_| ()).unwrap();
+    let image = Layout::open(&files.path("layout")).unwrap().verify(None, &Quiet).unwrap();
     assert!(image.resolved.kernel.is_none() && image.resolved.disks.len() == 1);
 }
 
@@ -310,6 +310,19 @@ fn ram_snapshot_goes_in_under_the_type_of_its_compression() {
 
     let image = Layout::open(&files.path("layout")).unwrap().load(None).unwrap();
     assert_eq!(image.resolved.ram_snapshot.unwrap().media_type, media::RAM_SNAPSHOT_ZSTD);
+}
+
+#[test]
+fn disk_beyond_the_octal_size_field_has_a_header_that_says_its_size() {
+    // 8 GiB is what eleven octal digits hold (POSIX ustar).
+    let disk = Plain { path: "/dev/null".into(), size: 9 << 30 };
+    let wrapped = Wrapped::new(disk, media::MEMBER_RAW, 0).unwrap();
+    let mut head = Vec::new();
+    io::Read::read_to_end(&mut io::Read::take(wrapped.open().unwrap(), 1024), &mut head).unwrap();
+    let mut walker = crate::archive::Walker::new(head.as_slice());
+    assert_eq!(walker.next().unwrap().unwrap().path, "ovm");
+    let member = walker.next().unwrap().unwrap();
+    assert_eq!((member.path.as_str(), member.size, member.offset), (media::MEMBER_RAW, 9 << 30, 1024));
 }
 
 #[test]

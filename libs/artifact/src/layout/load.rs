@@ -2,7 +2,8 @@
 
 use std::io;
 
-use super::{digest_of, Layout, LayoutError};
+use super::write::Advancing;
+use super::{digest_of, Layout, LayoutError, Progress, Quiet};
 use crate::digest::{Digest, DigestError};
 use crate::image::{self, Blob, ImageError, Parts, Resolved};
 use crate::layer::{self, LayerError, Limits};
@@ -42,7 +43,7 @@ impl Layout {
         let (image, config, mut parts) = self.documents(tag)?;
         let mut found = None;
         for layer in parts.layers.iter_mut().rev() {
-            if let Some(manifest) = self.read_layer(layer)? {
+            if let Some(manifest) = self.read_layer(layer, &Quiet)? {
                 found = Some(Found { manifest, descriptor: Some(layer.blob.digest) });
                 break;
             }
@@ -50,24 +51,24 @@ impl Layout {
         self.finish(image, config, parts, found)
     }
 
-    /// [`Layout::load`], and every blob read to its end: digests, diff_ids, the structure of every layer. `progress`
-    /// is told each blob's size as it is done.
+    /// [`Layout::load`], and every blob read to its end: digests, diff_ids, the structure of every layer.
     ///
     /// # Errors
     /// [`LayoutError`] naming the blob.
-    pub fn verify(&self, tag: Option<&str>, progress: &mut dyn FnMut(&Blob)) -> Result<Loaded, LayoutError> {
+    pub fn verify(&self, tag: Option<&str>, progress: &dyn Progress) -> Result<Loaded, LayoutError> {
         let (image, config, mut parts) = self.documents(tag)?;
         for blob in parts.plain_blobs() {
-            self.blob(&blob.digest, blob.size)?.finish().map_err(|e| self.read_error(e))?;
-            progress(blob);
+            let mut reader = Advancing { inner: self.blob(&blob.digest, blob.size)?, progress };
+            progress.begin(&blob.digest.to_string(), blob.size);
+            io::copy(&mut reader, &mut io::sink()).map_err(|e| self.read_error(e))?;
+            progress.end();
         }
         let mut found = None;
         for layer in &mut parts.layers {
             // A layer above may hold a descriptor of its own, which then wins.
-            if let Some(manifest) = self.read_layer(layer)? {
+            if let Some(manifest) = self.read_layer(layer, progress)? {
                 found = Some(Found { manifest, descriptor: Some(layer.blob.digest) });
             }
-            progress(&layer.blob);
         }
         self.finish(image, config, parts, found)
     }
@@ -100,21 +101,23 @@ impl Layout {
     }
 
     /// Reads a layer to its end, checks both its digests, notes its disk and returns its descriptor.
-    fn read_layer(&self, layer: &mut image::Layer) -> Result<Option<Manifest>, LayoutError> {
+    fn read_layer(&self, layer: &mut image::Layer, progress: &dyn Progress) -> Result<Option<Manifest>, LayoutError> {
         let blob = &layer.blob;
-        let mut reader = self.blob(&blob.digest, blob.size)?;
+        let mut reader = Advancing { inner: self.blob(&blob.digest, blob.size)?, progress };
+        progress.begin(&blob.digest.to_string(), blob.size);
         let refused = |e| LayoutError::Layer(blob.digest, e);
         let summary = layer::read(&mut reader, layer.encoding, &Limits::default(), &mut |_| Ok(()));
         let (diff_id, disk, descriptor) = match summary {
             Ok(summary) => (Some(summary.diff_id), summary.disk, summary.descriptor),
             // A layer of files is none of ours; its blob is still what it says.
             Err(LayerError::Ordinary(_) | LayerError::Empty) => {
-                reader.finish().map_err(|e| self.read_error(e))?;
+                io::copy(&mut reader, &mut io::sink()).map_err(|e| self.read_error(e))?;
                 (None, None, None)
             }
             Err(LayerError::Io(e)) if is_digest_error(&e) => return Err(self.read_error(e)),
             Err(e) => return Err(refused(e)),
         };
+        progress.end();
         // An uncompressed layer's diff_id is its blob's digest, whatever it holds.
         let diff_id = diff_id.or((layer.encoding.compression == Compression::None).then_some(blob.digest));
         if let Some(found) = diff_id.filter(|found| *found != layer.diff_id) {

@@ -92,7 +92,7 @@ fn chain(error: &dyn std::error::Error) -> String {
 #[test]
 fn image_without_descriptor_is_known_by_its_manifest_blob() {
     let hand = Hand::new();
-    let image = hand.index(json!([hand.image("amd64")])).open().unwrap().verify(None, &mut |_| ()).unwrap();
+    let image = hand.index(json!([hand.image("amd64")])).open().unwrap().verify(None, &Quiet).unwrap();
     assert_eq!(image.descriptor, None);
     assert_eq!(image.resolved.kernel.unwrap().digest, Digest::of(b"kernel"));
     assert_eq!(image.resolved.disks[0].format, DiskFormat::Raw);
@@ -101,10 +101,10 @@ fn image_without_descriptor_is_known_by_its_manifest_blob() {
 #[test]
 fn tar_of_a_layout_reads_as_the_layout() {
     let hand = Hand::new();
-    let dir = hand.index(json!([hand.image("amd64")])).open().unwrap().verify(None, &mut |_| ()).unwrap();
+    let dir = hand.index(json!([hand.image("amd64")])).open().unwrap().verify(None, &Quiet).unwrap();
     let path = hand.tar();
     let tar = Layout::open(&path).unwrap();
-    assert_eq!(tar.verify(None, &mut |_| ()).unwrap(), dir);
+    assert_eq!(tar.verify(None, &Quiet).unwrap(), dir);
     let mut bytes = Vec::new();
     tar.blob(&Digest::of(b"disk"), 4).unwrap().read_to_end(&mut bytes).unwrap();
     assert_eq!((bytes.as_slice(), tar.blob_path(&Digest::of(b"disk"))), (&b"disk"[..], None));
@@ -161,7 +161,7 @@ fn changed_blob_is_found_and_named() {
     let digest = Digest::of(b"disk");
     hand.write(&format!("blobs/sha256/{}", digest.hex()), b"dusk");
 
-    let error = layout.verify(None, &mut |_| ()).unwrap_err();
+    let error = layout.verify(None, &Quiet).unwrap_err();
 
     let text = chain(&error);
     assert!(text.contains(&format!("blob {digest} has the wrong digest")), "{text}");
@@ -173,7 +173,7 @@ fn missing_blob_is_named() {
     let layout = hand.index(json!([hand.image("amd64")])).open().unwrap();
     let digest = Digest::of(b"kernel");
     fs::remove_file(hand.dir.path().join(format!("blobs/sha256/{}", digest.hex()))).unwrap();
-    assert!(matches!(layout.verify(None, &mut |_| ()), Err(LayoutError::MissingBlob(d)) if d == digest));
+    assert!(matches!(layout.verify(None, &Quiet), Err(LayoutError::MissingBlob(d)) if d == digest));
 }
 
 #[test]
@@ -183,7 +183,7 @@ fn blob_that_is_a_link_is_refused() {
     let path = hand.dir.path().join(format!("blobs/sha256/{}", Digest::of(b"kernel").hex()));
     fs::remove_file(&path).unwrap();
     std::os::unix::fs::symlink("/dev/zero", &path).unwrap();
-    assert!(matches!(layout.verify(None, &mut |_| ()), Err(LayoutError::Io { .. })));
+    assert!(matches!(layout.verify(None, &Quiet), Err(LayoutError::Io { .. })));
 }
 
 #[test]
@@ -198,9 +198,7 @@ fn wrong_diff_id_is_found() {
     let config = hand.json(media::OCI_CONFIG, &config);
     let image = hand.json(media::OCI_MANIFEST, &json!({ "schemaVersion": 2, "config": config, "layers": [disk] }));
     let layout = hand.index(json!([image])).open().unwrap();
-    assert!(
-        matches!(layout.verify(None, &mut |_| ()), Err(LayoutError::DiffId { expected, .. }) if expected == diff_id)
-    );
+    assert!(matches!(layout.verify(None, &Quiet), Err(LayoutError::DiffId { expected, .. }) if expected == diff_id));
 }
 
 #[test]

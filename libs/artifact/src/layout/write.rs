@@ -58,7 +58,7 @@ impl Progress for Quiet {
 
 /// A layout being written.
 pub trait Sink {
-    /// Writes a blob and returns its digest and size; one that is there already is not written again.
+    /// Writes a blob and returns its digest and size; writing one twice leaves one.
     ///
     /// # Errors
     /// [`LayoutError::Io`], also when the content changes while it is read.
@@ -203,9 +203,9 @@ impl Sink for TarSink {
 }
 
 /// Counts what is read towards a progress.
-struct Advancing<'a, R> {
-    inner: R,
-    progress: &'a dyn Progress,
+pub(super) struct Advancing<'a, R> {
+    pub inner: R,
+    pub progress: &'a dyn Progress,
 }
 
 impl<R: Read> Read for Advancing<'_, R> {
