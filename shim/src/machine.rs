@@ -48,10 +48,11 @@ impl Instance for EngineMachine {
     }
 
     fn press(&self, what: Press) -> Result<()> {
-        Ok(match what {
+        match what {
             Press::PowerButton => self.0.power_button()?,
             Press::Kill => self.0.kill()?,
-        })
+        }
+        Ok(())
     }
 
     fn pause(&self) -> Result<()> {

@@ -3,7 +3,6 @@
 
 use std::io::Write;
 use std::os::fd::OwnedFd;
-use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::{env, fs, io};
@@ -65,8 +64,7 @@ fn spawn(args: &Args, params: &Params, path: &Path, listener: OwnedFd) -> Result
         .env("TTRPC_ADDRESS", &params.ttrpc_address)
         .stdin(Stdio::from(listener))
         .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .process_group(0);
+        .stderr(Stdio::null());
     let child = command.spawn().map_err(|e| Error::caused("cannot start the server process", e))?;
     avoid_oom_before_containerd(child.id());
     Ok(())

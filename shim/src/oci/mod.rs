@@ -126,3 +126,6 @@ fn field<T: DeserializeOwned>(spec: &Value, pointer: &str) -> Result<Option<T>> 
 fn invalid(field: &str, source: serde_json::Error) -> Error {
     Error::caused(format!("{field} of the container's spec cannot be read"), source).of_kind(Kind::Invalid)
 }
+
+#[cfg(test)]
+mod tests;

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use containerd_shim_protos::events::task::{TaskExit, TaskOOM};
 use containerd_shim_protos::protobuf::MessageField;
 use tokio::sync::watch;
-use tracing::{info, warn};
+use tracing::warn;
 
 use super::blocking;
 use crate::error::{Error, Kind, Result};
@@ -126,7 +126,6 @@ impl Container {
             self.set_status(Status::Stopped);
             self.exit.send_replace(Some(exit));
         }
-        info!(id = self.id, status = exit.status, oom = exit.oom, "the machine has ended");
         unread.release();
     }
 

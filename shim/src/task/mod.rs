@@ -81,13 +81,12 @@ impl Tasks {
         self.containers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A container that is there.
+    /// A container that is there. One that is still being created is not: nerdctl's logger asks for its state while
+    /// Create waits for the logger, and tries again only after "not found".
     fn get(&self, id: &str) -> Result<Arc<Container>> {
         match self.map().get(id) {
             Some(Slot::Ready(container)) => Ok(container.clone()),
-            Some(Slot::Creating) => {
-                Err(Error::new(Kind::Precondition, format!("container {id} is still being created")))
-            }
+            Some(Slot::Creating) => Err(Error::new(Kind::NotFound, format!("container {id} is still being created"))),
             None => Err(Error::new(Kind::NotFound, format!("there is no container {id}"))),
         }
     }
