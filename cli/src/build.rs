@@ -102,18 +102,15 @@ pub fn run(args: Args) -> Result<(), CliError> {
     probe_disks(&recipe)?;
     let sink = sink(&output, epoch.unwrap_or_default())?;
     let built = recipe.build(sink, options, &Steps::new(quiet))?;
-    print(&built, &output, quiet);
-    Ok(())
+    print(&built, &output, quiet)
 }
 
-fn print(built: &Built, output: &Path, quiet: bool) {
-    println!("{}", built.image.digest);
-    if quiet {
-        return;
-    }
-    for name in &built.names {
+fn print(built: &Built, output: &Path, quiet: bool) -> Result<(), CliError> {
+    text::print(&format!("{}\n", built.image.digest))?;
+    for name in built.names.iter().filter(|_| !quiet) {
         eprintln!("{} in {} ({})", name.full, output.display(), text::size(built.size));
     }
+    Ok(())
 }
 
 /// A disk whose header the block stack refuses.

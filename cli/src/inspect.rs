@@ -40,8 +40,7 @@ pub fn run(args: &Args) -> Result<(), CliError> {
             }
         }
     };
-    print!("{shown}");
-    Ok(())
+    text::print(&shown)
 }
 
 fn document(value: &Value) -> Result<String, CliError> {
@@ -143,9 +142,7 @@ fn manifest_text(manifest: &Manifest) -> String {
 }
 
 fn line(key: &str, value: &str) -> String {
-    // What comes from an image must not drive the terminal.
-    let value: String = value.chars().map(|c| if c.is_control() { '?' } else { c }).collect();
-    format!("  {key:11} {value}\n")
+    format!("  {key:11} {}\n", text::harmless(value))
 }
 
 fn role(image: &Loaded, layer: &Layer) -> String {

@@ -52,7 +52,7 @@ fn main() -> ExitCode {
     match done {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("ovm: {}", error.chain());
+            eprintln!("ovm: {}", text::harmless(&error.chain()));
             error.code()
         }
     }

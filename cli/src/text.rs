@@ -1,4 +1,21 @@
-//! Numbers as people read them.
+//! Text as people read it: numbers, and output to a pipe that may have been closed.
+
+use std::io::{self, Write};
+
+use crate::error::CliError;
+
+/// A text that comes from an image must not drive the terminal: control characters become `?`.
+pub fn harmless(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
+}
+
+/// Writes to stdout. Who has read enough (`ovm inspect IMAGE | head`) is no error.
+pub fn print(text: &str) -> Result<(), CliError> {
+    match io::stdout().write_all(text.as_bytes()).and_then(|()| io::stdout().flush()) {
+        Err(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(CliError::io(e)),
+        _ => Ok(()),
+    }
+}
 
 /// A size in bytes with the largest binary unit that leaves at least 1 before the point.
 pub fn size(bytes: u64) -> String {

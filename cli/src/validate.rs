@@ -51,46 +51,43 @@ pub fn open(path: &Path) -> Result<Input, CliError> {
 
 /// Checks the path and prints what was found.
 pub fn run(args: &Args) -> Result<(), CliError> {
-    match open(&args.path)? {
-        Input::Manifest(manifest) => {
-            if !args.quiet {
-                print_manifest(&args.path, &manifest);
-            }
-        }
+    let found = match open(&args.path)? {
+        Input::Manifest(manifest) => manifest_text(&args.path, &manifest),
         Input::Layout(layout) => {
-            let loaded = layout.verify(args.tag.as_deref(), &Steps::new(args.quiet))?;
-            if !args.quiet {
-                print_image(&args.path, &loaded);
-            }
+            let image = layout.verify(args.tag.as_deref(), &Steps::new(args.quiet))?;
+            image_text(&args.path, &image)
         }
+    };
+    if args.quiet {
+        return Ok(());
     }
-    Ok(())
+    text::print(&found)
 }
 
-fn print_manifest(path: &Path, manifest: &Manifest) {
-    println!("{}: a valid OVMS manifest, {} {}", path.display(), manifest.name, manifest.version);
+fn manifest_text(path: &Path, manifest: &Manifest) -> String {
+    let mut out = format!("{}: a valid OVMS manifest, {} {}\n", path.display(), manifest.name, manifest.version);
     for (field, reference) in manifest.unpinned() {
-        println!("  {field}: \"{reference}\" is no digest yet, ovm build pins it");
+        let reference = text::harmless(&reference.to_string());
+        out += &format!("  {field}: \"{reference}\" is no digest yet, ovm build pins it\n");
     }
+    out
 }
 
-fn print_image(path: &Path, image: &Loaded) {
-    let manifest = &image.resolved.manifest;
-    println!("{}: a valid image, {} {}", path.display(), manifest.name, manifest.version);
-    println!("  image       {}", image.image.digest);
-    let blob = |what: &str, blob: &Blob| println!("  {what:11} {} ({})", blob.digest, text::size(blob.size));
-    image.resolved.kernel.iter().for_each(|b| blob("kernel", b));
-    image.resolved.initrd.iter().for_each(|b| blob("initrd", b));
-    image.resolved.ram_snapshot.iter().for_each(|b| blob("ram", b));
-    for disk in &image.resolved.disks {
-        blob(disk.format.name(), &disk.layer.blob);
-    }
-    match &image.descriptor {
-        Some(digest) => println!("  descriptor  {digest}"),
-        None => {
-            println!("  descriptor  none: the manifest is a blob of its own, containerd's API resolves it at start")
-        }
-    }
+fn image_text(path: &Path, image: &Loaded) -> String {
+    let resolved = &image.resolved;
+    let manifest = &resolved.manifest;
+    let mut out = format!("{}: a valid image, {} {}\n", path.display(), manifest.name, manifest.version);
+    let line = |what: &str, text: &str| format!("  {what:11} {text}\n");
+    let blob = |what: &str, blob: &Blob| line(what, &format!("{} ({})", blob.digest, text::size(blob.size)));
+    out += &line("image", &image.image.digest.to_string());
+    out.extend(resolved.kernel.iter().map(|b| blob("kernel", b)));
+    out.extend(resolved.initrd.iter().map(|b| blob("initrd", b)));
+    out.extend(resolved.ram_snapshot.iter().map(|b| blob("ram", b)));
+    out.extend(resolved.disks.iter().map(|disk| blob(disk.format.name(), &disk.layer.blob)));
+    out += &match &image.descriptor {
+        Some(digest) => line("descriptor", &digest.to_string()),
+        None => line("descriptor", "none: the manifest is a blob of its own, containerd's API resolves it at start"),
+    };
     let checked = image.parts.plain_blobs().count() + image.parts.layers.len();
-    println!("  {checked} blobs have the digests, diff_ids and structure they should");
+    out + &format!("  {checked} blobs have the digests, diff_ids and structure they should\n")
 }

@@ -222,4 +222,19 @@ fn inspect_of_a_hostile_name_does_not_drive_the_terminal() {
     parts.build("layout", &["--author", "\u{1b}[2Jnobody"]);
     let shown = parts.ovm_ok(&["inspect", "layout"]);
     assert!(shown.contains("?[2Jnobody") && !shown.contains('\u{1b}'), "{shown}");
+
+    parts.write("bad.json", br#"{"schemaVersion":1,"mediaType":"\u001b[2J","name":"a","version":"1"}"#);
+    let said = parts.ovm(&["validate", "bad.json"]);
+    assert!(said.err.contains("?[2J") && !said.err.contains('\u{1b}'), "{}", said.err);
+}
+
+#[test]
+fn inspect_into_a_closed_pipe_is_no_error() {
+    let parts = Parts::new();
+    parts.build("layout", &[]);
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ovm"));
+    let said = command.args(["inspect", "layout"]).current_dir(parts.path("")).stdout(writer).output().unwrap();
+    assert!(said.status.success() && said.stderr.is_empty(), "{said:?}");
 }
