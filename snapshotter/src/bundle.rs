@@ -48,8 +48,11 @@ async fn answer(stream: UnixStream, daemon: Arc<Daemon>) {
     let work = async move {
         let mut line = String::new();
         let read = BufReader::new(from.take(MAX_LINE)).read_line(&mut line).await;
-        read.context_kind(Kind::Invalid, || "the request cannot be read")?;
-        resolve(&daemon, &line, &tell).await
+        match read.context_kind(Kind::Invalid, || "the request cannot be read")? {
+            // Somebody looked whether the socket is served.
+            0 => Ok(None),
+            _ => resolve(&daemon, &line, &tell).await.map(Some),
+        }
     };
     tokio::pin!(work);
     let last = loop {
@@ -64,10 +67,14 @@ async fn answer(stream: UnixStream, daemon: Arc<Daemon>) {
     while let Ok(step) = steps.try_recv() {
         let _client_gone = send(&mut to, &FromSnapshotter::Progress(step)).await;
     }
-    let last = last.unwrap_or_else(|err| {
-        tracing::warn!(error = err.chain(), "a machine cannot start");
-        FromSnapshotter::Refused { kind: err.refusal(), message: err.chain() }
-    });
+    let last = match last {
+        Ok(None) => return,
+        Ok(Some(resolved)) => resolved,
+        Err(err) => {
+            tracing::warn!(error = err.chain(), "a machine cannot start");
+            FromSnapshotter::Refused { kind: err.refusal(), message: err.chain() }
+        }
+    };
     if let Err(err) = send(&mut to, &last).await {
         tracing::debug!(error = %err, "a client of the bundle service is gone");
     }

@@ -82,9 +82,8 @@ impl Diff for DiffService {
         };
         let started = std::time::Instant::now();
         let number = chain.record.number;
-        let applied = self.apply_layer(&scope, &descriptor, chain).await.map_err(|err| {
+        let applied = self.apply_layer(&scope, &descriptor, chain).await.inspect_err(|err| {
             tracing::warn!(digest = descriptor.digest, error = err.chain(), "a layer cannot be applied");
-            err
         })?;
         if sync_fs {
             self.0.blocking(move |daemon| daemon.sync_snapshot(number)).await?;

@@ -1,5 +1,5 @@
 //! containerd's wire types and service traits, generated from `proto/` by the build script.
-#![allow(missing_docs, clippy::all, reason = "generated code, documented in containerd's API")]
+#![allow(missing_docs, clippy::all, clippy::pedantic, reason = "generated code, documented in containerd's API")]
 
 pub mod types {
     tonic::include_proto!("containerd.types");

@@ -1,0 +1,305 @@
+//! The daemon as a process: layers that another differ wrote, kills at any moment, socket activation. Neither root nor
+//! containerd is needed: the images here boot their disks, so nothing is read from a content store.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::BufReader;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use ovms_proto::bundle::{read_line, write_line, FromSnapshotter, RefusalKind, ToSnapshotter};
+use ovms_snapshotter::proto::snapshots::snapshots_client::SnapshotsClient;
+use ovms_snapshotter::proto::snapshots::{
+    CleanupRequest, CommitSnapshotRequest, ListSnapshotsRequest, PrepareSnapshotRequest, RemoveSnapshotRequest,
+    UsageRequest,
+};
+use tonic::transport::{Channel, Endpoint};
+use tonic::Code;
+
+/// How long anything may take.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A daemon below a directory of its own.
+struct Daemon {
+    dir: PathBuf,
+    child: Child,
+}
+
+impl Daemon {
+    fn start(dir: &Path) -> Self {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_ovms-snapshotter"));
+        command.arg("--root").arg(dir.join("root")).arg("--address").arg(dir.join("s.sock"));
+        command.arg("--bundle-address").arg(dir.join("b.sock")).arg("--containerd-address").arg(dir.join("none.sock"));
+        let child = command.env("OVMS_CONFIG", empty_settings(dir)).spawn().unwrap();
+        let daemon = Self { dir: dir.to_owned(), child };
+        wait_for("the bundle socket", || UnixStream::connect(dir.join("b.sock")).is_ok());
+        daemon
+    }
+
+    async fn client(&self) -> SnapshotsClient<Channel> {
+        let endpoint = Endpoint::from_shared(format!("unix://{}", self.dir.join("s.sock").display())).unwrap();
+        SnapshotsClient::new(endpoint.connect().await.unwrap())
+    }
+
+    fn kill(mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    /// Asks the bundle service and returns the steps it told of and its last word.
+    fn resolve(&self, source: &str) -> (Vec<String>, FromSnapshotter) {
+        let mut stream = UnixStream::connect(self.dir.join("b.sock")).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let request =
+            ToSnapshotter::Resolve { namespace: "default".into(), container: "vm".into(), source: source.into() };
+        write_line(&mut stream, &request).unwrap();
+        let mut answers = BufReader::new(stream);
+        let mut steps = Vec::new();
+        loop {
+            match read_line(&mut answers).unwrap().expect("an answer") {
+                FromSnapshotter::Progress(step) => steps.push(step),
+                last => return (steps, last),
+            }
+        }
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _gone_already = self.child.kill();
+        let _reaped_already = self.child.wait();
+    }
+}
+
+fn empty_settings(dir: &Path) -> PathBuf {
+    let path = dir.join("ovms.toml");
+    fs::write(&path, "").unwrap();
+    path
+}
+
+fn wait_for(what: &str, ready: impl Fn() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !ready() {
+        assert!(Instant::now() < deadline, "{what} did not come");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+async fn prepare(client: &mut SnapshotsClient<Channel>, key: &str, parent: &str) -> String {
+    let request = PrepareSnapshotRequest { key: key.into(), parent: parent.into(), ..Default::default() };
+    let mounts = client.prepare(request).await.unwrap().into_inner().mounts;
+    mounts[0].source.clone()
+}
+
+async fn commit(client: &mut SnapshotsClient<Channel>, name: &str, key: &str) {
+    let request = CommitSnapshotRequest { name: name.into(), key: key.into(), ..Default::default() };
+    client.commit(request).await.unwrap();
+}
+
+/// A raw disk that begins with `text`, and a descriptor of a machine with `disks` of them.
+fn write_layer(fs: &str, text: &str, disks: usize) {
+    let ovm = Path::new(fs).join("ovm");
+    fs::create_dir(&ovm).unwrap();
+    let mut disk = text.as_bytes().to_vec();
+    disk.resize(1 << 20, 0);
+    fs::write(ovm.join("disk.raw"), disk).unwrap();
+    let digest = format!("sha256:{}", "0".repeat(64));
+    let layers = vec![format!(r#"{{"ref":"{digest}","format":"raw"}}"#); disks].join(",");
+    let manifest = format!(
+        r#"{{"schemaVersion":1,"mediaType":"application/vnd.ovms.manifest.v1+json","name":"test","version":"1","diskLayers":[{layers}]}}"#
+    );
+    fs::write(ovm.join("manifest.json"), manifest).unwrap();
+}
+
+/// An image of two layers as the walking differ leaves it.
+async fn walked_image(client: &mut SnapshotsClient<Channel>) {
+    let fs = prepare(client, "default/1/extract-a", "").await;
+    write_layer(&fs, "base", 1);
+    commit(client, "default/2/base", "default/1/extract-a").await;
+    let fs = prepare(client, "default/3/extract-b", "default/2/base").await;
+    write_layer(&fs, "diff", 2);
+    commit(client, "default/4/diff", "default/3/extract-b").await;
+}
+
+fn record(last: FromSnapshotter) -> ovms_bundle::Record {
+    match last {
+        FromSnapshotter::Resolved { bundle, args: None } => ovms_bundle::Record::load(&bundle).unwrap(),
+        other => panic!("not resolved: {other:?}"),
+    }
+}
+
+fn assert_machine(record: &ovms_bundle::Record) {
+    let disk = record.disk.as_ref().unwrap();
+    assert_eq!((record.manifest.name.as_str(), disk.virtual_size, disk.layers.len()), ("test", 1 << 20, 2));
+    assert!(fs::read(&disk.layers[0]).unwrap().starts_with(b"base"));
+    assert!(fs::read(&disk.layers[1]).unwrap().starts_with(b"diff"));
+    assert!(disk.top.as_ref().unwrap().data.exists());
+}
+
+#[tokio::test]
+async fn layers_of_another_differ_become_a_machine() {
+    let dir = tempfile::tempdir().unwrap();
+    let daemon = Daemon::start(dir.path());
+    let mut client = daemon.client().await;
+    walked_image(&mut client).await;
+    let source = prepare(&mut client, "default/5/vm", "default/4/diff").await;
+
+    let (_, last) = daemon.resolve(&source);
+
+    assert_machine(&record(last.clone()));
+    assert_eq!(daemon.resolve(&source).1, last);
+    let left: Vec<_> =
+        fs::read_dir(dir.path().join("root/s/1/fs/ovm")).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert_eq!(left, ["manifest.json"]);
+    let usage = client.usage(UsageRequest { key: "default/2/base".into(), ..Default::default() }).await.unwrap();
+    assert!((1..1 << 20).contains(&usage.into_inner().size));
+}
+
+#[tokio::test]
+async fn a_kill_at_any_moment_of_a_conversion_loses_nothing() {
+    for delay in [0, 1, 3, 10, 30] {
+        let dir = tempfile::tempdir().unwrap();
+        let daemon = Daemon::start(dir.path());
+        walked_image(&mut daemon.client().await).await;
+        std::thread::sleep(Duration::from_millis(delay));
+        daemon.kill();
+
+        let daemon = Daemon::start(dir.path());
+        let source = prepare(&mut daemon.client().await, "default/5/vm", "default/4/diff").await;
+
+        assert_machine(&record(daemon.resolve(&source).1));
+        assert_eq!(fs::read_dir(dir.path().join("root/tmp")).unwrap().count(), 0, "after {delay} ms");
+    }
+}
+
+#[tokio::test]
+async fn kills_between_requests_leave_store_and_directories_alike() {
+    let dir = tempfile::tempdir().unwrap();
+    for round in 0..6u64 {
+        let daemon = Daemon::start(dir.path());
+        let mut client = daemon.client().await;
+        let listed = list(&mut client).await;
+        let found: BTreeSet<_> =
+            fs::read_dir(dir.path().join("root/s")).unwrap().map(|e| e.unwrap().file_name()).collect();
+        assert_eq!(listed.len(), found.len(), "{listed:?} {found:?}");
+        let busy = tokio::spawn(async move {
+            for step in 0u64.. {
+                let (key, name) = (format!("default/{round}/a{step}"), format!("default/{round}/c{step}"));
+                let request = PrepareSnapshotRequest { key: key.clone(), ..Default::default() };
+                let Ok(_) = client.prepare(request).await else { return };
+                let request = CommitSnapshotRequest { name: name.clone(), key, ..Default::default() };
+                let Ok(_) = client.commit(request).await else { return };
+                let Ok(_) = client.remove(RemoveSnapshotRequest { key: name, ..Default::default() }).await else {
+                    return;
+                };
+            }
+        });
+        tokio::time::sleep(Duration::from_millis(40 + 17 * round)).await;
+        daemon.kill();
+        busy.await.unwrap();
+    }
+}
+
+async fn list(client: &mut SnapshotsClient<Channel>) -> Vec<String> {
+    client.cleanup(CleanupRequest::default()).await.unwrap();
+    let mut stream = client.list(ListSnapshotsRequest::default()).await.unwrap().into_inner();
+    let mut names = Vec::new();
+    while let Some(batch) = stream.message().await.unwrap() {
+        names.extend(batch.info.into_iter().map(|info| info.name));
+    }
+    names
+}
+
+#[tokio::test]
+async fn what_is_no_machine_is_refused_with_the_way_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let daemon = Daemon::start(dir.path());
+    let mut client = daemon.client().await;
+    let ordinary = prepare(&mut client, "default/1/ordinary", "").await;
+
+    for (source, expected) in [("/var/lib/other/fs", "--snapshotter ovms"), (&ordinary, "ordinary container image")] {
+        match daemon.resolve(source).1 {
+            FromSnapshotter::Refused { kind: RefusalKind::Invalid, message } => {
+                assert!(message.contains(expected), "{message}");
+            }
+            other => panic!("{source}: {other:?}"),
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_ordinary_layer_above_a_machine_is_refused_at_commit() {
+    let dir = tempfile::tempdir().unwrap();
+    let daemon = Daemon::start(dir.path());
+    let mut client = daemon.client().await;
+    walked_image(&mut client).await;
+    let fs = prepare(&mut client, "default/5/extract", "default/4/diff").await;
+    fs::write(Path::new(&fs).join("hello"), "").unwrap();
+
+    let request =
+        CommitSnapshotRequest { name: "default/6/x".into(), key: "default/5/extract".into(), ..Default::default() };
+    let status = client.commit(request).await.unwrap_err();
+
+    assert_eq!(status.code(), Code::InvalidArgument);
+    assert!(status.message().contains("disk layers and descriptors only"), "{}", status.message());
+}
+
+#[tokio::test]
+async fn a_damaged_disk_is_told_at_start_and_blocks_nothing_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let daemon = Daemon::start(dir.path());
+    let mut client = daemon.client().await;
+    let fs = prepare(&mut client, "default/1/extract", "").await;
+    fs::create_dir(Path::new(&fs).join("ovm")).unwrap();
+    fs::write(Path::new(&fs).join("ovm/disk.qcow2"), "no qcow2").unwrap();
+    commit(&mut client, "default/2/bad", "default/1/extract").await;
+    let source = prepare(&mut client, "default/3/vm", "default/2/bad").await;
+
+    let (steps, last) = daemon.resolve(&source);
+
+    assert!(matches!(&last, FromSnapshotter::Refused { kind: RefusalKind::Invalid, .. }), "{last:?}");
+    assert!(!steps.is_empty());
+    walked_image_beside(&mut client).await;
+    for key in ["default/3/vm", "default/2/bad"] {
+        client.remove(RemoveSnapshotRequest { key: key.into(), ..Default::default() }).await.unwrap();
+    }
+}
+
+async fn walked_image_beside(client: &mut SnapshotsClient<Channel>) {
+    let fs = prepare(client, "default/11/extract", "").await;
+    write_layer(&fs, "base", 1);
+    commit(client, "default/12/base", "default/11/extract").await;
+}
+
+#[tokio::test]
+async fn sockets_that_are_passed_are_served() {
+    let Ok(Ok(_)) = Command::new("systemd-socket-activate")
+        .arg("--version")
+        .stdout(Stdio::null())
+        .status()
+        .map(|s| s.success().then_some(()).ok_or(()))
+    else {
+        eprintln!("skipped: systemd-socket-activate is not installed");
+        return;
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let listen = |name: &str| format!("--listen={}", dir.path().join(name).display());
+    let child = Command::new("systemd-socket-activate")
+        .args([listen("s.sock"), listen("b.sock"), "--fdname=ovms:bundle".into()])
+        .arg(format!("--setenv=OVMS_CONFIG={}", empty_settings(dir.path()).display()))
+        .arg(env!("CARGO_BIN_EXE_ovms-snapshotter"))
+        .arg("--root")
+        .arg(dir.path().join("root"))
+        .args(["--address", "/nowhere/s.sock", "--bundle-address", "/nowhere/b.sock"])
+        .spawn()
+        .unwrap();
+    let daemon = Daemon { dir: dir.path().to_owned(), child };
+    wait_for("the sockets", || dir.path().join("s.sock").exists() && dir.path().join("b.sock").exists());
+
+    let mut client = daemon.client().await;
+
+    assert!(list(&mut client).await.is_empty());
+    assert!(matches!(daemon.resolve("/x/fs").1, FromSnapshotter::Refused { .. }));
+}
