@@ -11,6 +11,11 @@
 //! looks back: what a driver writes to the registers afterwards changes nothing (writes to a live queue's size or
 //! addresses are how CVE-2026-5747 happened). A queue that breaks the rules stops its device and sets
 //! DEVICE_NEEDS_RESET; the machine goes on.
+//!
+//! Every device is a folder of the same files: `mod` says what it is, `device` has features, configuration space and
+//! the [`VirtioDevice`] trait, `worker` serves the queues, `persist` saves it. A new one takes those four, a
+//! `Worker` per direction or queue that must not wait for another, and a test that calls
+//! `testkit::virtio::device`, which is the whole contract.
 
 pub mod balloon;
 pub mod blk;
