@@ -17,7 +17,7 @@ use crate::machine::{limit_sends, with_overhead, ExitInfo, Machine, State, DEATH
 use crate::monitor;
 use crate::process::{self, find_vmm, Cradle, Process, Report};
 use crate::record::{self, check_name, Claim, Record, Slot};
-use crate::shared::{micros, Inner, Parts, Remains, SPAWNED};
+use crate::shared::{micros, Inner, Parts, Patience, Remains, SPAWNED};
 use crate::spec::CreateSpec;
 use crate::uid::{self, UidLease};
 
@@ -71,6 +71,7 @@ impl Engine {
             memory: packet.size.memory,
             overhead: self.settings.vm.overhead,
             began,
+            patience: Patience::default(),
             timeline,
             stderr: spec.stdio.stderr.take(),
             cgroup: cgroup.take()?,

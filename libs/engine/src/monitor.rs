@@ -31,10 +31,6 @@ const MAX_MESSAGE: usize = 4 << 10;
 const MAX_STEPS: usize = 64;
 const MAX_STEP_NAME: usize = 64;
 
-/// How long a VMM may live on after it has said that it ends, or after it has closed its control socket: it may still
-/// have to hand console output to a slow reader.
-const FAREWELL: Duration = Duration::from_secs(30);
-
 /// Starts listening to a machine, until its VMM was reaped.
 pub(crate) fn start(inner: Arc<Inner>, oom: Option<OomWatch>, log: LogPipe) -> Result<()> {
     let monitor = Monitor { kills: 0, inner, oom, log, open: true, deadline: None };
@@ -137,13 +133,13 @@ impl Monitor {
             !self.open || shared.said_exit.is_some() || shared.failed.is_some()
         };
         match self.deadline {
-            None if leaving => self.deadline = Some(Instant::now() + FAREWELL),
+            None if leaving => self.deadline = Some(Instant::now() + self.inner.patience.farewell),
             Some(at) if Instant::now() >= at => {
                 tracing::warn!(id = self.inner.id, "the VMM does not leave and is killed");
                 if let Err(err) = self.inner.process.kill() {
                     tracing::error!(id = self.inner.id, %err, "the VMM cannot be killed");
                 }
-                self.deadline = Some(Instant::now() + FAREWELL);
+                self.deadline = Some(Instant::now() + self.inner.patience.farewell);
             }
             _ => (),
         }

@@ -124,6 +124,12 @@ impl Process {
         Ok((Self { id: ProcessId { pid, start_time }, pidfd }, Report(File::from(report))))
     }
 
+    /// Takes over a child that a test has made.
+    #[cfg(test)]
+    pub(crate) fn adopt(pid: u32) -> io::Result<Self> {
+        Ok(Self { id: ProcessId { pid, start_time: start_time(pid)? }, pidfd: sys::pidfd_open(pid)? })
+    }
+
     pub(crate) fn id(&self) -> ProcessId {
         self.id
     }

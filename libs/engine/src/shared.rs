@@ -33,6 +33,7 @@ pub(crate) struct Inner {
     pub(crate) overhead: u64,
     /// When its creation began.
     pub(crate) began: Instant,
+    pub(crate) patience: Patience,
     /// The console's unused stderr.
     pub(crate) _stderr: Option<OwnedFd>,
     shared: Mutex<Shared>,
@@ -86,8 +87,27 @@ impl fmt::Debug for Listeners {
     }
 }
 
+/// How long a machine's VMM may take for what.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Patience {
+    /// To answer a request. Stopping 32 vCPUs takes milliseconds; on an emulated host seconds.
+    pub(crate) answer: Duration,
+    /// To give memory to the balloon before a lower limit is refused.
+    pub(crate) balloon: Duration,
+    /// To live on after it has said that it ends, or has closed its control socket: it may still have to hand console
+    /// output to a slow reader.
+    pub(crate) farewell: Duration,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self { answer: Duration::from_secs(20), balloon: Duration::from_secs(10), farewell: Duration::from_secs(30) }
+    }
+}
+
 /// What [`Inner::new`] is made of.
 pub(crate) struct Parts {
+    pub(crate) patience: Patience,
     pub(crate) process: Process,
     pub(crate) channel: Channel,
     pub(crate) cgroup: Cgroup,
@@ -123,6 +143,7 @@ impl Inner {
             memory: parts.memory,
             overhead: parts.overhead,
             began: parts.began,
+            patience: parts.patience,
             _stderr: parts.stderr,
             shared: Mutex::new(shared),
             changed: Condvar::new(),
