@@ -53,7 +53,9 @@ impl Owner {
             if ready.mail {
                 for mail in self.mailbox.take() {
                     match mail {
-                        Mail::FirstExit => self.say(&FromVmm::Event(Event::FirstExit { micros: self.timeline.micros() })),
+                        Mail::FirstExit => {
+                            self.say(&FromVmm::Event(Event::FirstExit { micros: self.timeline.micros() }))
+                        }
                         Mail::Exit(reason) => return self.end(reason),
                     }
                 }

@@ -49,14 +49,12 @@ fn adapt(entry: &mut kvm_cpuid_entry2, topology: Topology, index: u8) {
         }
         // Deterministic cache parameters (Intel; the same layout on AMD): no sharing below the last level, which all
         // cores share.
-        0x4 | 0x8000_001d => {
-            if entry.eax & 0x1f != 0 {
-                let level = (entry.eax >> 5) & 0x7;
-                let sharing = if level >= 3 { (1 << topology.core_bits()) - 1 } else { 0 };
-                entry.eax = (entry.eax & !0xffff_c000) | (sharing << 14);
-                if entry.function == 0x4 {
-                    entry.eax |= ((1 << topology.core_bits()) - 1) << 26;
-                }
+        0x4 | 0x8000_001d if entry.eax & 0x1f != 0 => {
+            let level = (entry.eax >> 5) & 0x7;
+            let sharing = if level >= 3 { (1 << topology.core_bits()) - 1 } else { 0 };
+            entry.eax = (entry.eax & !0xffff_c000) | (sharing << 14);
+            if entry.function == 0x4 {
+                entry.eax |= ((1 << topology.core_bits()) - 1) << 26;
             }
         }
         0x6 => entry.eax |= ARAT,

@@ -130,8 +130,7 @@ impl Vm {
             };
             // SAFETY: the range is mapped and stays so as long as the process lives (see `Ram`), and slots do not
             // overlap because regions do not.
-            unsafe { self.fd.set_user_memory_region(description) }
-                .map_err(failed("KVM_SET_USER_MEMORY_REGION"))?;
+            unsafe { self.fd.set_user_memory_region(description) }.map_err(failed("KVM_SET_USER_MEMORY_REGION"))?;
         }
         Ok(())
     }
@@ -139,9 +138,7 @@ impl Vm {
     /// Pages that KVM needs for real mode on Intel processors without unrestricted guests; elsewhere they cost nothing.
     fn set_reserved_pages(&self) -> Result<(), KvmError> {
         if self.kvm.check_extension(Cap::SetIdentityMapAddr) {
-            self.fd
-                .set_identity_map_address(layout::KVM_IDENTITY_MAP)
-                .map_err(failed("KVM_SET_IDENTITY_MAP_ADDR"))?;
+            self.fd.set_identity_map_address(layout::KVM_IDENTITY_MAP).map_err(failed("KVM_SET_IDENTITY_MAP_ADDR"))?;
         }
         if self.kvm.check_extension(Cap::SetTssAddr) {
             self.fd.set_tss_address(layout::KVM_TSS as usize).map_err(failed("KVM_SET_TSS_ADDR"))?;

@@ -9,10 +9,7 @@
 //! [`machine::Machine`] is built in one way, whatever then gives it its state: memory first, then the virtual machine
 //! and its processors, then devices, then ([`boot`]) a kernel. [`control`] owns it afterwards. What a guest can reach
 //! (exits, kernel images) never panics: the lints below forbid it outside of tests.
-#![cfg_attr(
-    not(test),
-    deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)
-)]
+#![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing))]
 
 pub mod acpi;
 pub mod boot;

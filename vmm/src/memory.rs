@@ -137,8 +137,11 @@ fn reserve(length: usize) -> io::Result<*mut u8> {
             libc::munmap(start.add(length).cast(), HUGE_PAGE - skip);
         }
         // Only advice: a host without huge pages, or a kernel that cannot leave the range out of core dumps, is as
-        // good.
-        libc::madvise(start.cast(), length, libc::MADV_HUGEPAGE);
+        // good. The first huge page stays small ones: it holds tables and a kernel's first steps, and zeroing all of
+        // it is 0.1 ms on the way to a guest's first instruction.
+        if length > HUGE_PAGE {
+            libc::madvise(start.add(HUGE_PAGE).cast(), length - HUGE_PAGE, libc::MADV_HUGEPAGE);
+        }
         libc::madvise(start.cast(), length, libc::MADV_DONTDUMP);
         Ok(start)
     }
@@ -164,7 +167,7 @@ mod tests {
             assert_eq!(ram.memory().read_obj::<u64>(GuestAddress(address)).unwrap(), 0);
         }
         assert!(ram.memory().read_obj::<u64>(GuestAddress(3 << 30)).is_err());
-        assert!(ram.memory().iter().all(|region| region.as_ptr() as usize % HUGE_PAGE == 0));
+        assert!(ram.memory().iter().all(|region| (region.as_ptr() as usize).is_multiple_of(HUGE_PAGE)));
     }
 
     #[test]

@@ -17,7 +17,11 @@ fn hello_prints_its_line_and_powers_off() {
 fn command_line_reaches_a_pvh_guest_and_a_64_bit_guest() {
     for name in ["hello", "hello64"] {
         let (reason, said, _) = run(Setup::new(guest(name)).args("one two=3"));
-        assert_eq!((reason, said.as_str()), (ExitReason::PowerOff, "hello from the guest\nargs: one two=3\n"), "{name}");
+        assert_eq!(
+            (reason, said.as_str()),
+            (ExitReason::PowerOff, "hello from the guest\nargs: one two=3\n"),
+            "{name}"
+        );
     }
 }
 

@@ -36,7 +36,7 @@ fn device(name: &str, objects: &[&dyn Aml]) -> Vec<u8> {
     bytes(&Device::new(Path::new(&format!("_SB_.{name}")), objects.to_vec()))
 }
 
-fn named<'a>(name: &str, value: &'a dyn Aml) -> Name {
+fn named(name: &str, value: &dyn Aml) -> Name {
     Name::new(Path::new(name), value)
 }
 
@@ -83,7 +83,7 @@ fn reserved() -> Vec<u8> {
 
 fn serial() -> Vec<u8> {
     let ports = io(layout::PORT_COM1, 8);
-    let interrupt = Interrupt::new(true, true, false, false, layout::IRQ_COM1 as u32);
+    let interrupt = Interrupt::new(true, true, false, false, layout::IRQ_COM1);
     device(
         "COM1",
         &[

@@ -19,12 +19,7 @@ const ELF_ALIGNMENT: u32 = 0x0100_0000;
 
 /// The header for a kernel that came without one.
 pub(super) fn header_for_elf() -> setup_header {
-    setup_header {
-        boot_flag: BOOT_FLAG,
-        header: HEADER_MAGIC,
-        kernel_alignment: ELF_ALIGNMENT,
-        ..Default::default()
-    }
+    setup_header { boot_flag: BOOT_FLAG, header: HEADER_MAGIC, kernel_alignment: ELF_ALIGNMENT, ..Default::default() }
 }
 
 pub(super) fn write_zero_page(

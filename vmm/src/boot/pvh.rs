@@ -34,7 +34,8 @@ pub(super) fn write_start_info(ram: &Ram, initrd: Option<Initrd>, rsdp: u64) -> 
         memmap_entries: map.len() as u32,
         ..Default::default()
     };
-    let module = initrd.map(|initrd| hvm_modlist_entry { paddr: initrd.address, size: initrd.size, ..Default::default() });
+    let module =
+        initrd.map(|initrd| hvm_modlist_entry { paddr: initrd.address, size: initrd.size, ..Default::default() });
     if module.is_some() {
         info.nr_modules = 1;
         info.modlist_paddr = layout::PVH_MODULES;

@@ -74,8 +74,15 @@ const BLOCK: &[i64] = &[
 ];
 
 /// Console input and output, entropy, and memory given back by the balloon.
-const CONSOLE: &[i64] =
-    &[libc::SYS_epoll_wait, libc::SYS_fallocate, libc::SYS_getrandom, libc::SYS_poll, libc::SYS_ppoll, libc::SYS_readv, libc::SYS_statx];
+const CONSOLE: &[i64] = &[
+    libc::SYS_epoll_wait,
+    libc::SYS_fallocate,
+    libc::SYS_getrandom,
+    libc::SYS_poll,
+    libc::SYS_ppoll,
+    libc::SYS_readv,
+    libc::SYS_statx,
+];
 
 /// Reading kernel and initrd into guest memory, beside what the owner does anyway.
 const LOADER: &[i64] = &[libc::SYS_lseek];
@@ -88,8 +95,6 @@ const KVM_SET_REGS: u64 = 0x4090_ae82;
 const KVM_GET_SREGS: u64 = 0x8138_ae83;
 const KVM_SET_SREGS: u64 = 0x4138_ae84;
 const KVM_SET_MSRS: u64 = 0x4008_ae89;
-const KVM_GET_LAPIC: u64 = 0x8400_ae8e;
-const KVM_SET_LAPIC: u64 = 0x4400_ae8f;
 const KVM_SET_CPUID2: u64 = 0x4008_ae90;
 const KVM_SET_GSI_ROUTING: u64 = 0x4008_ae6a;
 const KVM_IOEVENTFD: u64 = 0x4040_ae79;
@@ -99,17 +104,8 @@ const KVM_SIGNAL_MSI: u64 = 0x4020_aea5;
 const VCPU_IOCTLS: &[u64] = &[KVM_RUN, KVM_GET_REGS, KVM_SET_GSI_ROUTING, KVM_IOEVENTFD, KVM_SIGNAL_MSI];
 
 /// Sets the processors up, and interrupts (the power button) once it owns the machine.
-const LOADER_IOCTLS: &[u64] = &[
-    KVM_CHECK_EXTENSION,
-    KVM_SET_REGS,
-    KVM_GET_SREGS,
-    KVM_SET_SREGS,
-    KVM_SET_MSRS,
-    KVM_GET_LAPIC,
-    KVM_SET_LAPIC,
-    KVM_SET_CPUID2,
-    KVM_SIGNAL_MSI,
-];
+const LOADER_IOCTLS: &[u64] =
+    &[KVM_CHECK_EXTENSION, KVM_SET_REGS, KVM_GET_SREGS, KVM_SET_SREGS, KVM_SET_MSRS, KVM_SET_CPUID2, KVM_SIGNAL_MSI];
 
 /// Every device may interrupt.
 const DEVICE_IOCTLS: &[u64] = &[KVM_SIGNAL_MSI];

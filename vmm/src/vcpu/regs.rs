@@ -26,14 +26,6 @@ const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
 /// MTRRs on, write-back where none says otherwise: firmware would have done so.
 const MTRR_WRITE_BACK: u64 = (1 << 11) | 6;
 
-/// Local vector table registers of the APIC page (Intel SDM vol. 3, 12.4).
-const APIC_LVT0: usize = 0x350;
-const APIC_LVT1: usize = 0x360;
-const APIC_MODE_NMI: u32 = 4;
-const APIC_MODE_EXTINT: u32 = 7;
-/// Bits 8 to 10: delivery mode.
-const APIC_MODE_SHIFT: u32 = 8;
-
 /// Page table entry: present, writable; large page.
 const PTE_TABLE: u64 = 0x03;
 const PTE_LARGE: u64 = 0x83;
@@ -50,32 +42,20 @@ pub enum RegsError {
     /// The tables do not fit.
     #[error("the boot tables cannot be written to guest memory")]
     Tables(#[source] GuestMemoryError),
-    /// The APIC page is shorter than the architecture says.
-    #[error("the local APIC cannot be set up")]
-    Apic,
 }
 
-/// Sets what every processor has after firmware: memory types, fast strings, the local APIC's two pins.
+/// Sets what every processor has after firmware: memory types and fast strings. The local APIC stays as it is after
+/// reset, with its pins masked: there is no PIC behind LINT0, and kernels program LINT1 from the MADT.
 ///
 /// # Errors
 /// [`RegsError`].
 pub fn set_common(vcpu: &VcpuFd) -> Result<(), RegsError> {
     let entries = [(MSR_IA32_MISC_ENABLE, MISC_ENABLE_FAST_STRING), (MSR_MTRR_DEF_TYPE, MTRR_WRITE_BACK)]
         .map(|(index, data)| kvm_msr_entry { index, data, ..Default::default() });
-    let msrs = Msrs::from_entries(&entries).map_err(|_| {
-        KvmError::Call { call: "KVM_SET_MSRS", source: errno::Error::new(libc::E2BIG) }
-    })?;
+    let msrs = Msrs::from_entries(&entries)
+        .map_err(|_| KvmError::Call { call: "KVM_SET_MSRS", source: errno::Error::new(libc::E2BIG) })?;
     // A count below the number of entries is an MSR that this KVM does not have; the guest copes.
     vcpu.set_msrs(&msrs).map_err(failed("KVM_SET_MSRS"))?;
-    let mut apic = vcpu.get_lapic().map_err(failed("KVM_GET_LAPIC"))?;
-    for (offset, mode) in [(APIC_LVT0, APIC_MODE_EXTINT), (APIC_LVT1, APIC_MODE_NMI)] {
-        let register = apic.regs.get_mut(offset..offset + 4).ok_or(RegsError::Apic)?;
-        let bytes = (mode << APIC_MODE_SHIFT).to_le_bytes();
-        for (to, from) in register.iter_mut().zip(bytes) {
-            *to = from as _;
-        }
-    }
-    vcpu.set_lapic(&apic).map_err(failed("KVM_SET_LAPIC"))?;
     Ok(())
 }
 
@@ -134,7 +114,7 @@ fn write_tables(ram: &Ram, sregs: &mut kvm_sregs) -> Result<(), GuestMemoryError
     let gdt: [u64; 4] = [0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff, 0x0000_8b00_0000_0067];
     let (pml4, pdpt) = (layout::BOOT_PAGE_TABLES, layout::BOOT_PAGE_TABLES + TABLE_BYTES);
     let directory = pdpt + TABLE_BYTES;
-    let pages: Vec<u8> = (0..ENTRIES).flat_map(|page| (page * LARGE_PAGE | PTE_LARGE).to_le_bytes()).collect();
+    let pages: Vec<u8> = (0..ENTRIES).flat_map(|page| ((page * LARGE_PAGE) | PTE_LARGE).to_le_bytes()).collect();
     let gdt_bytes: Vec<u8> = gdt.iter().flat_map(|entry| entry.to_le_bytes()).collect();
     let memory = ram.memory();
     memory.write_slice(&gdt_bytes, GuestAddress(layout::BOOT_GDT))?;

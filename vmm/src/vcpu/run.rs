@@ -230,7 +230,7 @@ impl Runner {
                     // A processor that waits for INIT was woken.
                     libc::EAGAIN => Ok(Step::Continue),
                     _ => Err(RunError::Run(index, err)),
-                }
+                };
             }
         };
         if self.exits.fetch_add(1, Ordering::Relaxed) == 0 && index == 0 {

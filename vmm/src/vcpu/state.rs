@@ -85,7 +85,10 @@ impl Persist for VcpuPart {
         }
         let state: VcpuV1 = Section { kind: KIND.into(), ..section.clone() }.decode(KIND, VERSION)?;
         if let Some((index, _)) = state.msrs.iter().find(|(index, _)| !self.known_msrs.contains(index)) {
-            return Err(StateError::Invalid { kind: KIND, what: format!("MSR {index:#x} that this host does not have") });
+            return Err(StateError::Invalid {
+                kind: KIND,
+                what: format!("MSR {index:#x} that this host does not have"),
+            });
         }
         if state.msrs.len() > self.known_msrs.len() {
             return Err(StateError::Invalid { kind: KIND, what: format!("{} MSRs", state.msrs.len()) });
@@ -129,8 +132,10 @@ fn write_msrs(fd: &VcpuFd, values: &[(u32, u64)]) -> Result<(), StateError> {
     let mut rest = values;
     while !rest.is_empty() {
         let batch = rest.get(..MSR_BATCH).unwrap_or(rest);
-        let entries: Vec<_> =
-            batch.iter().map(|(index, data)| kvm_msr_entry { index: *index, data: *data, ..Default::default() }).collect();
+        let entries: Vec<_> = batch
+            .iter()
+            .map(|(index, data)| kvm_msr_entry { index: *index, data: *data, ..Default::default() })
+            .collect();
         let count = fd.set_msrs(&wrap(&entries)?).map_err(failed("KVM_SET_MSRS"))?;
         let taken = match batch.get(count) {
             None => count,

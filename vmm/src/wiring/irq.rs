@@ -68,10 +68,8 @@ impl IoapicRoutes for Routes {
             Some(known) if *known != level => *known = level,
             _ => return,
         }
-        let entries: Vec<kvm_irq_routing_entry> = (0u32..)
-            .zip(pins.iter())
-            .filter_map(|(gsi, message)| message.map(|message| entry(gsi, message)))
-            .collect();
+        let entries: Vec<kvm_irq_routing_entry> =
+            (0u32..).zip(pins.iter()).filter_map(|(gsi, message)| message.map(|message| entry(gsi, message))).collect();
         let Ok(table) = KvmIrqRouting::from_entries(&entries) else { return };
         if let Err(err) = self.vm.fd().set_gsi_routing(&table) {
             tracing::warn!(pin, %err, "the kernel refuses an interrupt route");

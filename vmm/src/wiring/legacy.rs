@@ -5,7 +5,7 @@ use std::sync::Arc;
 use ovms_devices::bus::BusBuilder;
 use ovms_devices::console::{ByteSink, InputQueue};
 use ovms_devices::legacy::{
-    pm, DebugPort, I8042, Ioapic, Pm, PvPanicPort, ResetPort, Rtc, Serial, SystemControl, IOAPIC_BASE, IOAPIC_LEN,
+    pm, DebugPort, Ioapic, Pm, PvPanicPort, ResetPort, Rtc, Serial, SystemControl, I8042, IOAPIC_BASE, IOAPIC_LEN,
     PVPANIC_PORT,
 };
 use ovms_devices::machine::EventSink;

@@ -10,10 +10,11 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
+use ovms_config::vm::VmSpec;
 use ovms_devices::bus::{Bus, BusBuilder, BusError};
 use ovms_devices::console::{ByteSink, InputQueue, NullSink, Reader, Writer};
-use ovms_devices::legacy::{Ioapic, Pm, Serial, VmGenId};
 use ovms_devices::irq::MsiSink;
+use ovms_devices::legacy::{Ioapic, Pm, Serial, VmGenId};
 use ovms_devices::machine::EventSink;
 use ovms_devices::pci::PciError;
 use ovms_devices::threads::Spawner;
@@ -21,7 +22,6 @@ use ovms_devices::virtio::balloon::Balloon;
 use ovms_devices::virtio::console::Console;
 use ovms_devices::virtio::pci::{TransportError, VirtioPci};
 use ovms_disk::Stack;
-use ovms_config::vm::VmSpec;
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 

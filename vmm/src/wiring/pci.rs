@@ -14,12 +14,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_ioctls::{IoEventAddress, NoDatamatch};
 use ovms_devices::bus::{BusBuilder, BusDevice};
+use ovms_devices::irq::MsiSink;
+use ovms_devices::machine::EventSink;
 use ovms_devices::pci::{
     BarListener, BarRange, MsiNotifier, PciFunction, PciRootBuilder, PvPanic, Slot, CONFIG_ADDRESS_PORT,
     CONFIG_DATA_PORT, ECAM_LEN,
 };
-use ovms_devices::irq::MsiSink;
-use ovms_devices::machine::EventSink;
 use ovms_devices::virtio::pci::{VirtioPci, BAR_LEN};
 use ovms_devices::virtio::VirtioDevice;
 use vmm_sys_util::eventfd::EventFd;
