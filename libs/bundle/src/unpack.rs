@@ -15,6 +15,7 @@ use std::{
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     thread,
+    time::Duration,
 };
 
 use ovms_artifact::{
@@ -35,6 +36,9 @@ use crate::{
 
 /// Name of the record in an instance's directory.
 pub const RECORD: &str = "bundle.json";
+
+/// No unpacking takes longer.
+const MAX_AGE: Duration = Duration::from_secs(24 * 3600);
 
 /// A step of unpacking, for progress bars.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -76,6 +80,7 @@ impl Cache {
             fs::create_dir_all(&dir).map_err(Error::io("create", &dir))?;
         }
         let root = root.canonicalize().map_err(Error::io("open", root))?;
+        sweep(&root.join("tmp"));
         Ok(Cache { root, options })
     }
 
@@ -199,6 +204,18 @@ impl Cache {
             }
             Outcome::Layer(_) | Outcome::Ordinary { .. } => Err(Error::NoDisk(name)),
         }
+    }
+}
+
+/// Removes what crashed processes left long ago. Only a help: what cannot be removed stays.
+fn sweep(tmp: &Path) {
+    let long_ago = |entry: &fs::DirEntry| {
+        let age = entry.metadata().and_then(|m| m.modified()).map(|at| at.elapsed().unwrap_or_default());
+        age.is_ok_and(|age| age > MAX_AGE)
+    };
+    for entry in fs::read_dir(tmp).into_iter().flatten().flatten().filter(long_ago) {
+        let path = entry.path();
+        let _ = fs::remove_dir_all(&path).or_else(|_| fs::remove_file(&path));
     }
 }
 

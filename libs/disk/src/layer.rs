@@ -79,7 +79,7 @@ pub fn probe<S: ReadAt + ?Sized>(source: &S, format: Format, limits: &Limits) ->
     }
 }
 
-/// Converts a layer: writes its data to `data` (an empty file; made sparse, as long as the virtual size) and returns
+/// Converts a layer: writes its data to `data` (an empty file; made sparse, as long as its last data needs) and returns
 /// the map. `progress(done, total)` is called from time to time with guest bytes. Syncing `data` is the caller's.
 ///
 /// # Errors
@@ -93,12 +93,12 @@ pub fn convert<S: ReadAt + ?Sized>(
 ) -> Result<LayerMap> {
     let info = probe(source, format, limits)?;
     let by_ratio = info.file_size.saturating_mul(limits.max_ratio).max(FREE_DATA);
-    data.set_len(info.virtual_size).map_err(Error::io("size the layer's data file"))?;
     let sink = Sink {
         data,
         map: MapBuilder::default(),
         progress,
         size: info.virtual_size,
+        data_end: 0,
         work: 0,
         max_work: limits.max_data_bytes.min(by_ratio),
     };
@@ -122,7 +122,8 @@ pub fn convert_stream(
 ) -> Result<LayerMap> {
     let limit = limits.max_virtual_bytes.min(MAX_SIZE);
     let map = MapBuilder::default();
-    let mut sink = Sink { data, map, progress, size: size.unwrap_or(0), work: 0, max_work: limits.max_data_bytes };
+    let mut sink =
+        Sink { data, map, progress, size: size.unwrap_or(0), data_end: 0, work: 0, max_work: limits.max_data_bytes };
     let mut buffer = vec![0_u8; 1 << 20];
     let mut at = 0_u64;
     loop {
@@ -140,7 +141,6 @@ pub fn convert_stream(
             at = end;
         }
         if n < buffer.len() {
-            data.set_len(at).map_err(Error::io("size the layer's data file"))?;
             return sink.finish(at);
         }
     }
@@ -189,6 +189,8 @@ pub(crate) struct Sink<'a> {
     map: MapBuilder,
     progress: &'a mut dyn FnMut(u64, u64),
     size: u64,
+    /// Where the last data ends.
+    data_end: u64,
     work: u64,
     max_work: u64,
 }
@@ -217,6 +219,9 @@ impl Sink<'_> {
             let (head, tail) = rest.split_at(unit as usize);
             let state = if self.write_pages(at, head)? { State::Data } else { State::Zero };
             at += unit;
+            if state == State::Data {
+                self.data_end = at;
+            }
             self.map.push_to(at, state)?;
             rest = tail;
         }
@@ -241,8 +246,10 @@ impl Sink<'_> {
         Ok(any)
     }
 
-    /// Ends the map.
+    /// Ends the map. The data file gets no longer than its data, since file systems hold less than a disk may be (ext4:
+    /// 16 TiB); its last pages may be a hole.
     pub fn finish(self, size: u64) -> Result<LayerMap> {
+        self.data.set_len(self.data_end).map_err(Error::io("size the layer's data file"))?;
         (self.progress)(size, self.size);
         self.map.finish(size)
     }

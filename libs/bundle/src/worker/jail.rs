@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use nix::unistd::{setgroups, setresgid, setresuid, Gid, Uid};
-use rustix::process::{setrlimit, Resource, Rlimit};
+use rustix::process::{getrlimit, setrlimit, Resource, Rlimit};
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule, TargetArch,
 };
@@ -49,6 +49,8 @@ const ALLOWED: &[i64] = &[
 /// Drops everything that a parser does not need. What fails is named, and the worker must not go on.
 pub(super) fn enter(limits: &Limits, ids: Option<(u32, u32)>) -> Result<(), String> {
     let set = |resource, value: u64| {
+        // Never above what the parent was given.
+        let value = getrlimit(resource).maximum.map_or(value, |hard| hard.min(value));
         let limit = Rlimit { current: Some(value), maximum: Some(value) };
         setrlimit(resource, limit).map_err(|e| format!("cannot set a resource limit: {e}"))
     };

@@ -166,9 +166,9 @@ fn accept(done: Done, data: (&File, &Path), map: (&File, &Path)) -> Result<Outco
         Some(disk) => {
             let found = ovms_disk::LayerMap::read_from(map.0).map_err(Error::disk(map.1))?;
             let length = data.0.metadata().map_err(Error::io("read", data.1))?.len();
-            if length != found.virtual_size() {
-                let size = found.virtual_size();
-                return Err(failed(format!("its data file has {length} bytes for a disk of {size}")));
+            let data_end = found.extents().filter(|e| e.state == State::Data).last().map_or(0, |e| e.start + e.len);
+            if length < data_end {
+                return Err(failed(format!("its data file has {length} bytes, its map needs {data_end}")));
             }
             data.0.sync_all().map_err(Error::io("sync", data.1))?;
             map.0.sync_all().map_err(Error::io("sync", map.1))?;

@@ -47,6 +47,8 @@ pub struct Top {
 impl Top {
     /// Bytes in a block, the unit of the map.
     pub const BLOCK: u64 = 4096;
+    /// The longest that a data file is made at once: what ext4 holds. Beyond, writes make it longer where they can.
+    const MAX_LENGTH: u64 = (16 << 40) - 4096;
 
     /// Makes a fresh top for a disk of `size` bytes out of two empty files. Both stay tiny on disk. Syncing is the
     /// caller's.
@@ -55,7 +57,7 @@ impl Top {
     /// The files cannot be written, or `size` is no multiple of 512.
     pub fn create(data: &File, map: &File, size: u64) -> Result<()> {
         blocks::format(map, size)?;
-        data.set_len(size).map_err(Error::io("size the top's data file"))
+        data.set_len(size.min(Self::MAX_LENGTH)).map_err(Error::io("size the top's data file"))
     }
 
     /// Opens a top's two files as they were last flushed.
@@ -65,7 +67,7 @@ impl Top {
     pub fn open(data: File, map: File) -> Result<Top> {
         let (map, size) = BlockMap::open(map)?;
         let length = ReadAt::size(&data).map_err(Error::io("read the top's data file"))?;
-        if length < size {
+        if length < size.min(Self::MAX_LENGTH) {
             let what = format!("it has {length} bytes, less than its disk's {size}");
             return Err(Error::BadFile { file: "top's data file", what });
         }
@@ -250,7 +252,9 @@ impl Top {
     /// Makes the disk `size` bytes long, durably. No request may be under way.
     pub(crate) fn grow(&self, size: u64) -> Result<()> {
         self.check_health()?;
-        self.data.set_len(size).map_err(Error::io("size the top's data file"))?;
+        let length = ReadAt::size(&self.data).map_err(Error::io("size the top's data file"))?;
+        let length = length.max(size.min(Self::MAX_LENGTH));
+        self.data.set_len(length).map_err(Error::io("size the top's data file"))?;
         rustix::fs::fsync(&self.data).map_err(|e| Error::io("sync the disk's top")(e.into()))?;
         self.map.grow(size)?;
         self.size.store(size, Ordering::Release);

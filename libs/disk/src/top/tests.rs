@@ -202,6 +202,22 @@ fn map_with_many_chunks_is_kept_small_and_whole() {
 }
 
 #[test]
+fn disk_larger_than_a_file_may_be_is_usable() {
+    let dir = tempfile::tempdir().unwrap();
+    // More than ext4 allows in a file.
+    let size = 20 << 40;
+    Table::empty(size).unwrap().write_to(&file(dir.path(), "table")).unwrap();
+    let top = new_top(dir.path(), "top", size);
+    let files = StackFiles { table: file(dir.path(), "table"), layers: vec![], frozen: vec![], top: Some(top) };
+    let stack = Stack::open(files, false).unwrap();
+    stack.write_at(1 << 40, &[5; 4096]).unwrap();
+    assert_eq!(read(&stack, 1 << 40, 4096), vec![5; 4096]);
+    assert_eq!(read(&stack, size - 4096, 4096), vec![0; 4096]);
+    stack.grow(size + 512).unwrap();
+    assert_eq!(read(&stack, size, 512), vec![0; 512]);
+}
+
+#[test]
 fn damaged_map_returns_bad_file() {
     let dir = tempfile::tempdir().unwrap();
     drop(stack(dir.path(), 1 << 20, 9));
