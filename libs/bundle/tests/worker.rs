@@ -311,13 +311,19 @@ fn without_privileges(dir: &Path) {
     let size = blob.len() as u64;
     let expect = Some((Digest::of(&blob), size));
     let source = layer_source(media::OCI_LAYER, None);
+    let leaked = File::open("/dev/zero").unwrap();
+    rustix::io::fcntl_setfd(&leaked, rustix::io::FdFlags::empty()).unwrap();
     thread::scope(|scope| {
         let worker = scope.spawn(move || {
             let job = Job { name: "idle", input, source, expect, dir, limits: Limits::default() };
             Launcher::new().unpack(job, &mut |_| {})
         });
         writer.write_all(&blob[..1024]).unwrap();
-        let status = wait_for_seccomp();
+        let (pid, status) = wait_for_seccomp();
+        // Standard streams, the socket, and the four files; not the descriptor that was left open on purpose.
+        let fds: Vec<_> = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten().collect();
+        let targets: Vec<_> = fds.iter().map(|fd| fs::read_link(fd.path()).unwrap()).collect();
+        assert!(targets.len() == 8 && !targets.contains(&"/dev/zero".into()), "{targets:?}");
         let field = |name: &str| {
             let line = status.lines().find(|l| l.starts_with(name)).unwrap_or_default();
             line.split_whitespace().skip(1).map(str::to_owned).collect::<Vec<_>>()
@@ -337,14 +343,14 @@ fn without_privileges(dir: &Path) {
 }
 
 /// The status of our one child, once its filter is on.
-fn wait_for_seccomp() -> String {
+fn wait_for_seccomp() -> (String, String) {
     let me = std::process::id().to_string();
     for _ in 0..500 {
         for entry in fs::read_dir("/proc").unwrap().flatten() {
             let status = fs::read_to_string(entry.path().join("status")).unwrap_or_default();
             let child = status.lines().any(|l| l.strip_prefix("PPid:").is_some_and(|p| p.trim() == me));
             if child && status.contains("Seccomp:\t2") {
-                return status;
+                return (entry.file_name().into_string().unwrap(), status);
             }
         }
         thread::sleep(std::time::Duration::from_millis(10));

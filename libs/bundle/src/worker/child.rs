@@ -37,6 +37,9 @@ struct Files {
 }
 
 pub(super) fn main() -> ExitCode {
+    if close_inherited().is_err() {
+        return ExitCode::FAILURE;
+    }
     let socket = match rustix::io::dup(io::stdin()) {
         Ok(fd) => UnixStream::from(fd),
         Err(_) => return ExitCode::FAILURE,
@@ -49,6 +52,19 @@ pub(super) fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Closes what a parent may have left open across exec, such as the sockets that systemd passed to it.
+fn close_inherited() -> io::Result<()> {
+    let mut open = Vec::new();
+    for entry in std::fs::read_dir("/proc/self/fd")? {
+        open.extend(entry?.file_name().to_str().and_then(|name| name.parse::<i32>().ok()));
+    }
+    for fd in open.into_iter().filter(|fd| *fd > 2) {
+        // The listing's own descriptor is in the list and closed already.
+        let _ = nix::unistd::close(fd);
+    }
+    Ok(())
 }
 
 fn serve(mut socket: &UnixStream) -> Result<(), String> {
