@@ -179,9 +179,11 @@ pub(crate) fn kill_recorded(id: ProcessId, patience: Duration) -> io::Result<()>
     }
 }
 
-/// Whether the recorded process still is there.
+/// Whether the recorded process still is there; one that has ended and only waits to be reaped is not.
 pub(crate) fn is_alive(id: ProcessId) -> bool {
-    start_time(id.pid).ok() == Some(id.start_time)
+    let Ok(fields) = stat(id.pid) else { return false };
+    let ended = matches!(fields.split_ascii_whitespace().next(), Some("Z" | "X"));
+    !ended && field_22(&fields) == Some(id.start_time)
 }
 
 fn kill(pidfd: BorrowedFd<'_>) -> io::Result<()> {
@@ -191,13 +193,21 @@ fn kill(pidfd: BorrowedFd<'_>) -> io::Result<()> {
     }
 }
 
-/// Field 22 of /proc/PID/stat (proc_pid_stat(5)). The second field is the program's name in parentheses, which may hold
-/// anything, so counting starts behind the last parenthesis, with field 3.
 fn start_time(pid: u32) -> io::Result<u64> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    let fields = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
-    let time = fields.split_ascii_whitespace().nth(22 - 3).and_then(|field| field.parse().ok());
+    let time = field_22(&stat(pid)?);
     time.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("/proc/{pid}/stat has no field 22")))
+}
+
+/// /proc/PID/stat (proc_pid_stat(5)) from its third field on. The second is the program's name in parentheses, which may
+/// hold anything, so counting starts behind the last parenthesis.
+fn stat(pid: u32) -> io::Result<String> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    Ok(stat.rsplit_once(')').map_or_else(String::new, |(_, rest)| rest.to_owned()))
+}
+
+/// The start time, of what [`stat`] gives.
+fn field_22(fields: &str) -> Option<u64> {
+    fields.split_ascii_whitespace().nth(22 - 3)?.parse().ok()
 }
 
 fn c_string(bytes: &[u8]) -> Result<CString> {

@@ -66,7 +66,12 @@ impl V1 {
     pub(super) fn join(&self, pid: u32) -> Result<()> {
         for hierarchy in &self.hierarchies {
             let path = hierarchy.dir.join("cgroup.procs");
-            files::write(&path, &pid.to_string()).map_err(file_error("written", &path))?;
+            match files::write(&path, &pid.to_string()) {
+                Ok(()) => (),
+                // It is gone; why is told by those who watch it.
+                Err(err) if err.raw_os_error() == Some(libc::ESRCH) => return Ok(()),
+                Err(err) => return Err(file_error("written", &path)(err)),
+            }
         }
         Ok(())
     }
