@@ -28,15 +28,34 @@ use crate::store::{Chain, Content, Kind};
 pub struct DiffService(pub Arc<Daemon>);
 
 impl DiffService {
-    /// The active snapshot that these mounts write to; `None` if it is not ours.
+    /// The snapshot whose directory these mounts end in; `None` if it is not ours.
     async fn target(&self, mounts: Vec<Mount>) -> Result<Option<Chain>> {
         self.0
             .blocking(move |daemon| {
                 let number = mounts::target(&mounts).and_then(|dir| daemon.layout.number_of(dir));
-                let chain = number.map(|number| daemon.store.chain_of(number)).transpose()?.flatten();
-                Ok(chain.filter(|chain| chain.record.kind == Kind::Active))
+                Ok(number.map(|number| daemon.store.chain_of(number)).transpose()?.flatten())
             })
             .await
+    }
+
+    /// The machine whose disk a diff is wanted of; `None` if neither side is a machine's.
+    async fn machine(&self, left: Vec<Mount>, right: Vec<Mount>) -> Result<Option<Chain>> {
+        let (left, right) = (self.target(left).await?, self.target(right).await?);
+        let machines = |chain: &Chain| chain.record.content != Content::Files;
+        match (left.filter(machines), right.filter(machines)) {
+            (None, None) => Ok(None),
+            (Some(left), Some(right))
+                if right.record.kind == Kind::Active
+                    && left.record.kind == Kind::View
+                    && left.record.parent == right.record.parent =>
+            {
+                Ok(Some(right))
+            }
+            // Another differ would compare empty directories and find nothing.
+            _ => Err(Error::invalid(
+                "a diff of machines is that of a container's snapshot to its parent (`ctr snapshots diff KEY`)",
+            )),
+        }
     }
 
     async fn apply_layer(&self, scope: &Scope, descriptor: &Descriptor, chain: Chain) -> Result<Applied> {
@@ -77,7 +96,8 @@ impl Diff for DiffService {
         let scope = Scope::of(request.metadata());
         let ApplyRequest { diff, mounts, sync_fs, .. } = request.into_inner();
         let Some(descriptor) = diff else { return Err(Error::invalid("there is no layer to apply").into()) };
-        let Some(chain) = self.target(mounts).await? else {
+        let active = self.target(mounts).await?.filter(|chain| chain.record.kind == Kind::Active);
+        let Some(chain) = active else {
             return Err(not_ours("the mounts are not those of a snapshot of ovms").into());
         };
         let started = std::time::Instant::now();
@@ -101,9 +121,7 @@ impl Diff for DiffService {
     async fn diff(&self, request: Request<DiffRequest>) -> Result<Response<DiffResponse>, Status> {
         let scope = Scope::of(request.metadata());
         let request = request.into_inner();
-        let Some(chain) =
-            self.target(request.right.clone()).await?.filter(|chain| chain.record.content != Content::Files)
-        else {
+        let Some(chain) = self.machine(request.left.clone(), request.right.clone()).await? else {
             return Err(not_ours("the mounts are not those of a machine of ovms").into());
         };
         let diff = crate::machine::diff(&self.0, &scope, request, &chain).await?;

@@ -19,8 +19,12 @@ use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use crate::error::{Context, Error, Result};
+
+/// How long a predecessor's lock may outlive it.
+const HANDOVER: Duration = Duration::from_secs(1);
 
 /// The daemon's root directory.
 #[derive(Debug)]
@@ -38,7 +42,15 @@ impl Layout {
         let root = root.canonicalize().context(failed)?;
         let lock = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(root.join("lock"));
         let lock = lock.context(failed)?;
-        rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive).map_err(|source| {
+        // As with the sockets: a predecessor's lock may outlive it by a moment.
+        let deadline = Instant::now() + HANDOVER;
+        let take = || rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive);
+        let mut taken = take();
+        while taken.is_err() && Instant::now() < deadline {
+            std::thread::sleep(HANDOVER / 100);
+            taken = take();
+        }
+        taken.map_err(|source| {
             Error::precondition(format!("another snapshotter uses {}: stop it or give --root", root.display()))
                 .because(source)
         })?;

@@ -10,10 +10,14 @@ use std::io::{self, ErrorKind};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use listenfd::ListenFd;
 
 use crate::error::{Context, Error, Result};
+
+/// How long a predecessor's socket may outlive it.
+const HANDOVER: Duration = Duration::from_secs(1);
 
 /// The two sockets.
 #[derive(Debug)]
@@ -77,7 +81,14 @@ fn bind(path: &Path) -> io::Result<UnixListener> {
     if let Some(dir) = path.parent().filter(|dir| !dir.is_dir()) {
         fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
     }
-    match UnixStream::connect(path) {
+    // A worker that a killed daemon was just starting holds the old socket until it is a program of its own.
+    let deadline = Instant::now() + HANDOVER;
+    let mut served = UnixStream::connect(path);
+    while served.is_ok() && Instant::now() < deadline {
+        std::thread::sleep(HANDOVER / 100);
+        served = UnixStream::connect(path);
+    }
+    match served {
         Ok(_) => return Err(io::Error::new(ErrorKind::AddrInUse, "another process serves it")),
         Err(err) if err.kind() == ErrorKind::ConnectionRefused => fs::remove_file(path)?,
         Err(err) if err.kind() == ErrorKind::NotFound => {}

@@ -158,6 +158,39 @@ async fn layers_of_another_differ_become_a_machine() {
 }
 
 #[tokio::test]
+async fn a_committed_container_is_a_layer_of_its_own() {
+    let dir = tempfile::tempdir().unwrap();
+    let daemon = Daemon::start(dir.path());
+    let mut client = daemon.client().await;
+    walked_image(&mut client).await;
+    let source = prepare(&mut client, "default/5/vm", "default/4/diff").await;
+    let FromSnapshotter::Resolved { bundle, .. } = daemon.resolve(&source).1 else { panic!("not resolved") };
+    let open = |path: &Path, read_only| ovms_bundle::Bundle::open(path, "a test", read_only).unwrap().disk.unwrap();
+    let running = open(&bundle, false);
+    let in_use = CommitSnapshotRequest { name: "default/6/x".into(), key: "default/5/vm".into(), ..Default::default() };
+    assert_eq!(client.commit(in_use).await.unwrap_err().code(), Code::FailedPrecondition);
+    let stack = running.into_stack().unwrap();
+    stack.write_at(4096, &[7; 512]).unwrap();
+    stack.flush().unwrap();
+    drop(stack);
+
+    commit(&mut client, "default/6/committed", "default/5/vm").await;
+    let source = prepare(&mut client, "default/7/vm2", "default/6/committed").await;
+    let (_, last) = daemon.resolve(&source);
+
+    // The descriptor still lists the two layers of the image: a top that containerd commits brings none of its own.
+    let record = record(last);
+    assert_eq!(record.disk.as_ref().unwrap().layers.len(), 3);
+    let stack = open(&dir.path().join("root/s/4/bundle.json"), false).into_stack().unwrap();
+    let mut sector = [0; 512];
+    stack.read_at(4096, &mut sector).unwrap();
+    assert_eq!(sector, [7; 512]);
+    stack.read_at(0, &mut sector).unwrap();
+    assert!(sector.starts_with(b"diff"));
+    assert!(!dir.path().join("root/s/3/top").exists());
+}
+
+#[tokio::test]
 async fn a_kill_at_any_moment_of_a_conversion_loses_nothing() {
     for delay in [0, 1, 3, 10, 30] {
         let dir = tempfile::tempdir().unwrap();

@@ -164,18 +164,19 @@ async fn plan(
     })
 }
 
-/// The manifest lists the layers that are there, in formats that they have. Their digests are containerd's to check:
-/// it has verified the chain, and a layer that two images share may have come under the other image's blob digest.
+/// The manifest lists the layers that are there, in formats that they have; only a top that became a layer is in no
+/// manifest. Their digests are containerd's to check: it has verified the chain, and a layer that two images share may
+/// have come under the other image's blob digest.
 fn check_disks(formats: &[DiskFormat], layers: &[ReadyLayer]) -> Result<()> {
-    let disks: Vec<_> = layers.iter().filter_map(|layer| layer.info.disk).collect();
+    let disks: Vec<_> = layers.iter().filter_map(|layer| layer.info.disk?.format).collect();
     if formats.len() != disks.len() {
         let (listed, found) = (formats.len(), disks.len());
         return Err(Error::invalid(format!(
             "diskLayers: the manifest lists {listed} disk layers, the image has {found}"
         )));
     }
-    for (index, (listed, disk)) in formats.iter().zip(&disks).enumerate() {
-        if let Some(found) = disk.format.filter(|found| found != listed) {
+    for (index, (listed, found)) in formats.iter().zip(&disks).enumerate() {
+        if listed != found {
             let (listed, found) = (listed.name(), found.name());
             return Err(Error::invalid(format!("diskLayers[{index}].format: is {listed}, but the layer is {found}")));
         }
@@ -185,8 +186,8 @@ fn check_disks(formats: &[DiskFormat], layers: &[ReadyLayer]) -> Result<()> {
 
 /// The layers that the image's manifest names as its disk are the ones that hold disks.
 fn check_places(places: &[usize], layers: &[ReadyLayer]) -> Result<()> {
-    let found: Vec<usize> =
-        layers.iter().enumerate().filter(|(_, l)| l.info.disk.is_some()).map(|(at, _)| at).collect();
+    let in_image = |layer: &ReadyLayer| layer.info.disk.is_some_and(|disk| disk.format.is_some());
+    let found: Vec<usize> = layers.iter().enumerate().filter(|(_, l)| in_image(l)).map(|(at, _)| at).collect();
     if places == found {
         return Ok(());
     }
