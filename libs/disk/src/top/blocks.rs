@@ -36,8 +36,8 @@ const PER_WORD: u64 = 32;
 const PER_CHUNK: u64 = PER_WORD * WORDS as u64;
 /// The low bit of every block in a word.
 const LOW_BITS: u64 = 0x5555_5555_5555_5555;
-/// Loaded chunks (4 KiB each) beyond which unchanged ones are dropped.
-pub(super) const MAX_LOADED: usize = 256;
+/// Loaded chunks (4 KiB each) beyond which unchanged ones are dropped; few in tests, so that they meet it.
+pub(super) const MAX_LOADED: usize = if cfg!(test) { 8 } else { 256 };
 
 #[derive(Debug)]
 struct Chunk {
@@ -50,6 +50,8 @@ struct Chunk {
 pub(super) struct BlockMap {
     file: File,
     chunks: RwLock<BTreeMap<u64, Arc<Chunk>>>,
+    /// Counts the times that chunks were dropped; changes under the write lock alone.
+    dropped: AtomicU64,
 }
 
 /// The chunks that a flush has to write, as they were at one moment.
@@ -104,13 +106,36 @@ impl BlockMap {
         if u64::from(block) != Top::BLOCK || !size.is_multiple_of(SECTOR) || size > MAX_SIZE {
             return Err(bad(format!("blocks of {block} bytes on a disk of {size} bytes are not supported")));
         }
-        Ok((BlockMap { file, chunks: RwLock::default() }, size))
+        Ok((BlockMap { file, chunks: RwLock::default(), dropped: AtomicU64::new(0) }, size))
     }
 
     fn chunk(&self, index: u64) -> Result<Arc<Chunk>> {
-        if let Some(chunk) = self.chunks.read().unwrap_or_else(PoisonError::into_inner).get(&index) {
-            return Ok(Arc::clone(chunk));
+        loop {
+            if let Some(chunk) = self.chunks.read().unwrap_or_else(PoisonError::into_inner).get(&index) {
+                return Ok(Arc::clone(chunk));
+            }
+            let dropped = self.dropped.load(Ordering::Acquire);
+            let loaded = self.load(index)?;
+            let mut chunks = self.chunks.write().unwrap_or_else(PoisonError::into_inner);
+            if let Some(chunk) = chunks.get(&index) {
+                // Another thread was faster, and a writer may have changed its copy already.
+                return Ok(Arc::clone(chunk));
+            }
+            if self.dropped.load(Ordering::Acquire) != dropped {
+                // This very chunk may have been loaded, changed, written and dropped since we read the file.
+                continue;
+            }
+            if chunks.len() >= MAX_LOADED {
+                // Only here can a chunk go; whoever is using one holds a second reference.
+                chunks.retain(|_, c| c.dirty.load(Ordering::Acquire) || Arc::strong_count(c) > 1);
+                self.dropped.fetch_add(1, Ordering::AcqRel);
+            }
+            chunks.insert(index, Arc::clone(&loaded));
+            return Ok(loaded);
         }
+    }
+
+    fn load(&self, index: u64) -> Result<Arc<Chunk>> {
         let mut page = vec![0_u8; PAGE as usize];
         let offset = PAGE.saturating_add(index.saturating_mul(PAGE));
         self.file.read_padded(&mut page, offset).map_err(Error::io("read the top's block map"))?;
@@ -122,14 +147,7 @@ impl BlockMap {
             }
             words.push(AtomicU64::new(word));
         }
-        let loaded = Arc::new(Chunk { words: words.into(), dirty: AtomicBool::new(false) });
-        let mut chunks = self.chunks.write().unwrap_or_else(PoisonError::into_inner);
-        if chunks.len() >= MAX_LOADED {
-            // Only here can a chunk go, under the write lock; whoever is using one holds a second reference.
-            chunks.retain(|_, c| c.dirty.load(Ordering::Acquire) || Arc::strong_count(c) > 1);
-        }
-        // Another thread may have been faster, and a writer may have changed its copy already.
-        Ok(Arc::clone(chunks.entry(index).or_insert(loaded)))
+        Ok(Arc::new(Chunk { words: words.into(), dirty: AtomicBool::new(false) }))
     }
 
     /// The state of `block` and the end (a block number, at most `end`) of the run that shares it.

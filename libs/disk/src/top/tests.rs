@@ -276,6 +276,38 @@ fn concurrent_partial_writes_of_one_block_all_survive() {
     }
 }
 
+/// Many more chunks than are kept loaded, changed by all threads at once while they are flushed and dropped.
+#[test]
+fn chunks_that_come_and_go_lose_no_write() {
+    const CHUNK: u64 = 64 << 20;
+    const CHUNKS: u64 = 24;
+    let dir = tempfile::tempdir().unwrap();
+    let size = CHUNKS * CHUNK;
+    Table::empty(size).unwrap().write_to(&file(dir.path(), "table")).unwrap();
+    let top = Some(new_top(dir.path(), "top", size));
+    let files = StackFiles { table: file(dir.path(), "table"), layers: vec![], frozen: vec![], top };
+    let stack = Stack::open(files, false).unwrap();
+    let place = |t: u64, i: u64| (i * 7 + t) % CHUNKS * CHUNK + (t * 400 + i) * 4096;
+    thread::scope(|scope| {
+        for t in 0..4 {
+            let stack = &stack;
+            scope.spawn(move || {
+                for i in 0..400 {
+                    stack.write_at(place(t, i), &[t as u8 + 1; 4096]).unwrap();
+                    if i % 5 == t {
+                        stack.flush().unwrap();
+                    }
+                    let before = i.saturating_sub(17);
+                    assert_eq!(read(stack, place(t, before), 512), vec![t as u8 + 1; 512], "{t} {before}");
+                }
+            });
+        }
+    });
+    for (t, i) in (0..4).flat_map(|t| (0..400).map(move |i| (t, i))) {
+        assert_eq!(read(&stack, place(t, i), 4096), vec![t as u8 + 1; 4096], "{t} {i}");
+    }
+}
+
 #[derive(Debug, Clone)]
 enum Step {
     Write(u64, u64, u8),
