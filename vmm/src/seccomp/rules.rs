@@ -119,6 +119,11 @@ pub(super) fn of(kind: ThreadKind) -> Result<Rules, BackendError> {
         ThreadKind::Block => BLOCK,
         ThreadKind::Console => CONSOLE,
     };
+    // A fault of the VMM is to end it as what it is, not as a forbidden call: the standard library's handler of SIGSEGV
+    // and SIGBUS gives the signal its default action back, and an abort raises SIGABRT.
+    let faults = [libc::SIGABRT, libc::SIGBUS, libc::SIGSEGV].map(|signal| signal as u64);
+    rules.insert(libc::SYS_rt_sigaction, one_of(0, &faults)?);
+    rules.insert(libc::SYS_tgkill, one_of(2, &[libc::SIGABRT as u64])?);
     for number in EVERY_THREAD.iter().chain(own) {
         rules.insert(*number, Vec::new());
     }
@@ -132,13 +137,17 @@ pub(super) fn of(kind: ThreadKind) -> Result<Rules, BackendError> {
     rules.insert(libc::SYS_fcntl, one_of(1, &[libc::F_GETFD as u64])?);
     rules.insert(libc::SYS_mmap, not_executable()?);
     rules.insert(libc::SYS_mprotect, not_executable()?);
-    let ioctls = match kind {
+    rules.insert(libc::SYS_ioctl, one_of(1, ioctls(kind))?);
+    Ok(rules)
+}
+
+/// The `ioctl` requests of one kind of thread.
+pub(super) fn ioctls(kind: ThreadKind) -> &'static [u64] {
+    match kind {
         ThreadKind::Vcpu => VCPU_IOCTLS,
         ThreadKind::Loader => LOADER_IOCTLS,
         ThreadKind::Main | ThreadKind::Block | ThreadKind::Console => DEVICE_IOCTLS,
-    };
-    rules.insert(libc::SYS_ioctl, one_of(1, ioctls)?);
-    Ok(rules)
+    }
 }
 
 /// Passes `mmap` and `mprotect` whose third argument lacks `PROT_EXEC`.

@@ -26,6 +26,7 @@ struct Stage {
 }
 
 /// A machine whose VMM is played by the test, in the state `Created`.
+#[allow(clippy::zombie_processes, reason = "the machine's monitor reaps it")]
 fn stage() -> Stage {
     let runtime = tempfile::tempdir().unwrap();
     let Claim::Ours(slot) = Slot::claim(runtime.path(), "ns", "vm1").unwrap() else { panic!("the name is free") };
