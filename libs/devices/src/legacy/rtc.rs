@@ -267,6 +267,21 @@ mod tests {
     }
 
     #[test]
+    fn restore_of_impossible_states_returns_invalid() {
+        let (rtc, _) = rtc_at(LEAP_DAY);
+        let good = StateV1 { index: 0, status_b: B_24_HOURS, cells: vec![0; CELLS], shown: 0 };
+        let restore = |state: &StateV1| rtc.restore(&Section::encode(KIND, VERSION, state).unwrap());
+        restore(&good).unwrap();
+        for bad in [
+            StateV1 { cells: vec![0; CELLS - 1], ..good.clone() },
+            StateV1 { index: 0x80, ..good.clone() },
+            StateV1 { status_b: 0, ..good.clone() },
+        ] {
+            assert!(matches!(restore(&bad), Err(StateError::Invalid { .. })), "{bad:?}");
+        }
+    }
+
+    #[test]
     fn contract_holds() {
         contract::bus_device(|| rtc_at(LEAP_DAY).0, 2);
         contract::reset(|| rtc_at(LEAP_DAY).0, |rtc| rtc.reset(), 2);

@@ -170,6 +170,21 @@ mod tests {
     }
 
     #[test]
+    fn input_in_the_fifo_survives_its_reset() {
+        let (serial, _, _, input) = port();
+        serial.write(2, &[1]);
+        serial.write(1, &[1]);
+        input.push(b"abc");
+        assert_eq!(read(&serial, 0), b'a');
+        // The port is closed and opened again: interrupts off, FIFO cleared, interrupts on.
+        serial.write(1, &[0]);
+        serial.write(2, &[7]);
+        assert_eq!(read(&serial, 5) & 1, 0);
+        serial.write(1, &[1]);
+        assert_eq!((read(&serial, 0), read(&serial, 0)), (b'b', b'c'));
+    }
+
+    #[test]
     fn input_reaches_a_guest_that_only_polls() {
         let (serial, _, _, input) = port();
         input.push(b"ab");

@@ -134,6 +134,30 @@ fn restored_device_goes_on_where_it_was() {
 }
 
 #[test]
+fn restored_transport_shows_the_same_registers() {
+    let mut driver = Driver::ready(Echo::new(), 0);
+    driver.request(1, &[Part::Out(b"x"), Part::In(1)]);
+    for _ in 0..3 {
+        driver.function.interrupt.config();
+    }
+    driver.write(0x16, 2, 1);
+    driver.function.config_write(0x3c, &[0x5a]);
+    let saved = driver.function.save().unwrap();
+    let old = driver.function.clone();
+    driver.function = crate::testkit::driver::function(Echo::new(), driver.mem.clone()).0;
+    driver.function.restore(&saved).unwrap();
+    assert_eq!(driver.read(0x15, 1), 3, "configuration generation");
+    assert_eq!((driver.read(0x18, 2), driver.read(0x1a, 2)), (QUEUE_SIZE.into(), 2), "the selected queue");
+    assert_eq!(driver.read(0x4020, 8), 0xfee0_0000, "vector table");
+    assert_eq!(driver.read(0x1000, 1), 0b11, "ISR");
+    let mut line = [0];
+    driver.function.config_read(0x3c, &mut line);
+    assert_eq!(line, [0x5a], "configuration space");
+    driver.function.resume();
+    drop(old);
+}
+
+#[test]
 fn queue_outside_of_memory_needs_reset_and_the_next_start_works() {
     let mut driver = Driver::new(Echo::new());
     for (offset, len, value) in [

@@ -1,3 +1,4 @@
+use super::super::MAX_REQUEST_BYTES;
 use super::*;
 use crate::testkit::driver::{Driver, Part, QUEUE_SIZE};
 use crate::testkit::virtio as virtio_contract;
@@ -207,7 +208,7 @@ impl Gate {
 
 impl BlockBackend for Gate {
     fn size(&self) -> u64 {
-        DISK
+        1 << 40
     }
     fn is_read_only(&self) -> bool {
         false
@@ -280,22 +281,30 @@ fn write_is_durable_at_once_for_a_driver_without_flush() {
 
 #[test]
 fn request_larger_than_the_limit_is_refused() {
-    let mut driver = Driver::ready(block(1), 0);
-    // The same four mebibytes nine times: more than may be moved in one go.
+    let gate = Arc::<Gate>::default();
+    gate.open();
+    let mut driver = Driver::ready(Block::new(gate.clone(), &options(1), &Spawner::default()).unwrap(), 0);
     let header_at = driver.buffer(16);
     vm_memory::Bytes::write_slice(driver.mem.as_ref(), &header(0, 0), vm_memory::GuestAddress(header_at)).unwrap();
     let status_at = driver.buffer(16);
-    let table = driver.table(0);
-    let mut list = vec![(header_at, 16, 1)];
-    list.extend([(8 << 20, 4 << 20, 3); 9]);
-    list.push((status_at, 1, 2));
-    for (index, (address, len, flags)) in (0u16..QUEUE_SIZE).zip(list) {
-        let next = index + 1;
-        driver.write_descriptor(table, index, crate::testkit::driver::Descriptor { address, len, flags, next });
+    // The same four mebibytes again and again: 8 times is the limit, 9 times is too much.
+    for (times, len, status) in [(8, MAX_REQUEST_BYTES as u32 + 1, 0), (9, 1, 1)] {
+        let mut list = vec![(header_at, 16, 1)];
+        list.extend(std::iter::repeat_n((8 << 20, 4 << 20, 3), times));
+        list.push((status_at, 1, 2));
+        for (index, (address, len, flags)) in (0u16..QUEUE_SIZE).zip(list) {
+            let next = index + 1;
+            driver.write_descriptor(
+                driver.table(0),
+                index,
+                crate::testkit::driver::Descriptor { address, len, flags, next },
+            );
+        }
+        driver.offer(0, 0);
+        assert_eq!(driver.wait_used(0).unwrap().len, len);
+        assert_eq!(driver.bytes(status_at, 1), [status]);
     }
-    driver.offer(0, 0);
-    assert_eq!(driver.wait_used(0).unwrap().len, 1);
-    assert_eq!(driver.bytes(status_at, 1), [1]);
+    assert_eq!(gate.entered.load(Ordering::SeqCst), 1);
 }
 
 #[test]
