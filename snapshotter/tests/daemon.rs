@@ -29,6 +29,10 @@ struct Daemon {
 
 impl Daemon {
     fn start(dir: &Path) -> Self {
+        // What a killed daemon left may still take connections for a moment, and must not be taken for the new one.
+        for socket in ["s.sock", "b.sock"] {
+            let _none_yet = fs::remove_file(dir.join(socket));
+        }
         let mut command = Command::new(env!("CARGO_BIN_EXE_ovms-snapshotter"));
         command.arg("--root").arg(dir.join("root")).arg("--address").arg(dir.join("s.sock"));
         command.arg("--bundle-address").arg(dir.join("b.sock")).arg("--containerd-address").arg(dir.join("none.sock"));
