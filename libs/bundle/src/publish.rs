@@ -47,3 +47,35 @@ pub fn publish(made: &Path, name: &Path) -> Result<()> {
     let dir = name.parent().unwrap_or(Path::new("."));
     sync(dir).map_err(Error::io("sync", dir))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn write_new_that_fails_leaves_the_old_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        write_new(&path, |file| file.write_all(b"old").map_err(Error::io("write", &path))).unwrap();
+        let failing = |file: &mut File| {
+            file.write_all(b"new").map_err(Error::io("write", &path))?;
+            Err(Error::Image("no".into()))
+        };
+        write_new(&path, failing).unwrap_err();
+        assert_eq!(fs::read(&path).unwrap(), b"old");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn publish_onto_what_another_made_keeps_theirs() {
+        let dir = tempfile::tempdir().unwrap();
+        let (ours, name) = (dir.path().join("ours"), dir.path().join("name"));
+        for (made, text) in [(&name, "theirs"), (&ours, "ours")] {
+            fs::create_dir(made).unwrap();
+            fs::write(made.join("file"), text).unwrap();
+        }
+        publish(&ours, &name).unwrap();
+        assert_eq!(fs::read_to_string(name.join("file")).unwrap(), "theirs");
+        assert!(!ours.exists());
+    }
+}

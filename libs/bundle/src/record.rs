@@ -109,3 +109,69 @@ impl Record {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record() -> Record {
+        Record {
+            version: RECORD_VERSION,
+            image: Some("sha256:00".into()),
+            manifest: Manifest::new("test/image", "1"),
+            kernel: Some("kernel".into()),
+            initrd: Some("/srv/initrd".into()),
+            disk: Some(Disk {
+                virtual_size: 4096,
+                table: "table".into(),
+                layers: vec!["a/data".into(), "/srv/b/data".into()],
+                top: Some(TopPaths { data: "top.data".into(), map: "top.map".into() }),
+                read_only: false,
+            }),
+        }
+    }
+
+    #[test]
+    fn relative_paths_are_meant_from_the_records_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("bundle.json");
+        record().save(&path).unwrap();
+        let loaded = Record::load(&path).unwrap();
+        let at = |name: &str| dir.path().join(name);
+        assert_eq!((loaded.kernel, loaded.initrd), (Some(at("kernel")), Some("/srv/initrd".into())));
+        let disk = loaded.disk.unwrap();
+        assert_eq!((disk.table, disk.layers), (at("table"), vec![at("a/data"), "/srv/b/data".into()]));
+        assert_eq!(disk.top, Some(TopPaths { data: at("top.data"), map: at("top.map") }));
+    }
+
+    #[test]
+    fn save_replaces_the_old_record_and_leaves_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("bundle.json");
+        record().save(&path).unwrap();
+        Record { image: None, ..record() }.save(&path).unwrap();
+        assert_eq!(Record::load(&path).unwrap().image, None);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn load_of_no_record_returns_what_is_wrong() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("bundle.json");
+        let mut newer = serde_json::to_value(record()).unwrap();
+        newer["version"] = 2.into();
+        let mut odd = serde_json::to_value(record()).unwrap();
+        odd["hook"] = "/bin/sh".into();
+        let cases = [
+            (newer.to_string(), "format version 2"),
+            (odd.to_string(), "unknown field `hook`"),
+            ("{".into(), "EOF"),
+            (" ".repeat(9 << 20), "more than"),
+        ];
+        for (text, want) in cases {
+            fs::write(&path, text).unwrap();
+            let error = Record::load(&path).unwrap_err();
+            assert!(matches!(error, Error::Record { .. }) && error.to_string().contains(want), "{error}");
+        }
+    }
+}

@@ -116,6 +116,8 @@ impl BlockMap {
             }
             let dropped = self.dropped.load(Ordering::Acquire);
             let loaded = self.load(index)?;
+            #[cfg(test)]
+            super::tests::after_load();
             let mut chunks = self.chunks.write().unwrap_or_else(PoisonError::into_inner);
             if let Some(chunk) = chunks.get(&index) {
                 // Another thread was faster, and a writer may have changed its copy already.

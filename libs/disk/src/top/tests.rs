@@ -276,6 +276,17 @@ fn concurrent_partial_writes_of_one_block_all_survive() {
     }
 }
 
+thread_local! {
+    /// Makes this thread slow between reading a chunk and keeping it.
+    static SLOW: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
+}
+
+pub(super) fn after_load() {
+    if SLOW.get() {
+        thread::sleep(std::time::Duration::from_millis(3));
+    }
+}
+
 /// Many more chunks than are kept loaded, changed by all threads at once while they are flushed and dropped.
 #[test]
 fn chunks_that_come_and_go_lose_no_write() {
@@ -292,6 +303,7 @@ fn chunks_that_come_and_go_lose_no_write() {
         for t in 0..4 {
             let stack = &stack;
             scope.spawn(move || {
+                SLOW.set(t == 0);
                 for i in 0..400 {
                     stack.write_at(place(t, i), &[t as u8 + 1; 4096]).unwrap();
                     if i % 5 == t {
