@@ -154,7 +154,7 @@ def commit_of_a_disk_gives_a_block_diff(bed: Bed) -> None:
     parent = bed.containerd.ctr("snapshots", "--snapshotter", "ovms", "info", "vm").out
     name = json.loads(parent)["Parent"]
     layer = bed.dir / "layer.tar"
-    argv = bed.containerd.argv("snapshots", "--snapshotter", "ovms", "diff", "vm", name)
+    argv = bed.containerd.argv("snapshots", "--snapshotter", "ovms", "diff", name, "vm")
     with open(layer, "wb") as out:
         child = process.spawn(argv, stdout=out, env=None)
         check(child.wait(60) == 0, "ctr snapshots diff failed")
