@@ -9,7 +9,7 @@ use containerd_shim_protos::api::ForwardRequest;
 use containerd_shim_protos::events::task as messages;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::protobuf::well_known_types::timestamp::Timestamp;
-use containerd_shim_protos::protobuf::{MessageField, MessageFull};
+use containerd_shim_protos::protobuf::{Message, MessageField};
 use containerd_shim_protos::shim::event::Envelope;
 use containerd_shim_protos::shim_async::{Client, EventsClient};
 use tokio::sync::mpsc;
@@ -26,8 +26,9 @@ const CALL: Duration = Duration::from_secs(5);
 /// First and longest pause between two tries.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 
-/// A task event of containerd.
-#[derive(Clone, Debug, PartialEq)]
+/// A task event of containerd. Without `Debug`: the messages' own needs protobuf's reflection, a megabyte of program
+/// that each shim would hold in memory.
+#[derive(Clone, PartialEq)]
 pub enum Event {
     /// Task created.
     Create(messages::TaskCreate),
@@ -61,22 +62,22 @@ impl Event {
 
     fn any(&self) -> Any {
         match self {
-            Self::Create(event) => any(event),
-            Self::Start(event) => any(event),
-            Self::Oom(event) => any(event),
-            Self::Exit(event) => any(event),
-            Self::Delete(event) => any(event),
-            Self::Paused(event) => any(event),
-            Self::Resumed(event) => any(event),
+            Self::Create(event) => any("containerd.events.TaskCreate", event),
+            Self::Start(event) => any("containerd.events.TaskStart", event),
+            Self::Oom(event) => any("containerd.events.TaskOOM", event),
+            Self::Exit(event) => any("containerd.events.TaskExit", event),
+            Self::Delete(event) => any("containerd.events.TaskDelete", event),
+            Self::Paused(event) => any("containerd.events.TaskPaused", event),
+            Self::Resumed(event) => any("containerd.events.TaskResumed", event),
         }
     }
 }
 
 /// A message as containerd's typeurl writes it: the bare full name as type URL.
-pub fn any<M: MessageFull>(message: &M) -> Any {
+pub fn any(name: &str, message: &impl Message) -> Any {
     // Writing to memory fails only for messages beyond 2 GiB.
     let value = message.write_to_bytes().unwrap_or_default();
-    Any { type_url: M::descriptor().full_name().to_owned(), value, ..Default::default() }
+    Any { type_url: name.to_owned(), value, ..Default::default() }
 }
 
 /// A point in time as protobuf has it.
@@ -90,7 +91,7 @@ pub fn timestamp(at: SystemTime) -> Timestamp {
 }
 
 /// The near end of the queue.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Events {
     queue: mpsc::Sender<(SystemTime, Event)>,
 }
@@ -232,5 +233,22 @@ mod tests {
             kept += 1;
         }
         assert_eq!(kept, QUEUE);
+    }
+
+    #[test]
+    fn type_urls_are_the_full_names_of_the_messages() {
+        use containerd_shim_protos::protobuf::MessageFull;
+        let events = [
+            (Event::Create(Default::default()), messages::TaskCreate::descriptor()),
+            (Event::Start(Default::default()), messages::TaskStart::descriptor()),
+            (Event::Oom(Default::default()), messages::TaskOOM::descriptor()),
+            (Event::Exit(Default::default()), messages::TaskExit::descriptor()),
+            (Event::Delete(Default::default()), messages::TaskDelete::descriptor()),
+            (Event::Paused(Default::default()), messages::TaskPaused::descriptor()),
+            (Event::Resumed(Default::default()), messages::TaskResumed::descriptor()),
+        ];
+        for (event, descriptor) in events {
+            assert_eq!(event.any().type_url, descriptor.full_name());
+        }
     }
 }

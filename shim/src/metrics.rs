@@ -12,8 +12,8 @@ use crate::events::any;
 /// The message that fits the host's control groups.
 pub fn encode(stats: &Stats) -> Any {
     match stats.version {
-        CgroupVersion::V1 => any(&encode_v1(stats)),
-        CgroupVersion::V2 => any(&encode_v2(stats)),
+        CgroupVersion::V1 => any("io.containerd.cgroups.v1.Metrics", &encode_v1(stats)),
+        CgroupVersion::V2 => any("io.containerd.cgroups.v2.Metrics", &encode_v2(stats)),
     }
 }
 

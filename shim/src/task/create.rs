@@ -20,7 +20,7 @@ use crate::oci::{self, Plan};
 use crate::stdio::{Stdio, Streams};
 
 /// What containerd asks for.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Default)]
 pub struct Request {
     /// Id of the container.
     pub id: String,

@@ -1,0 +1,148 @@
+//! The program as containerd runs it: `start` and what it prints and leaves, the server behind the address, `delete`
+//! and `-info`. Needs neither root nor a containerd: the socket's directory comes with the parameters.
+
+use std::fs;
+use std::io::Write;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use containerd_shim_protos::api::{ConnectRequest, ConnectResponse, DeleteResponse, Empty, ShutdownRequest};
+use containerd_shim_protos::bootstrap_api::BootstrapParams;
+use containerd_shim_protos::protobuf::Message;
+use containerd_shim_protos::types::introspection::RuntimeInfo;
+use tempfile::TempDir;
+use ttrpc::asynchronous::{transport::Socket, Client};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_containerd-shim-ovms-v1");
+const NAMES: [&str; 2] = ["containerd.task.v2.Task", "containerd.task.v3.Task"];
+
+/// A bundle and the settings of a host.
+struct Bed {
+    dir: TempDir,
+}
+
+impl Bed {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let settings = format!("[paths]\nruntime = \"{0}/run\"\nstate = \"{0}/state\"\n", dir.path().display());
+        fs::write(dir.path().join("ovms.toml"), settings).unwrap();
+        fs::create_dir(dir.path().join("bundle")).unwrap();
+        Self { dir }
+    }
+
+    fn bundle(&self) -> PathBuf {
+        self.dir.path().join("bundle")
+    }
+
+    fn run(&self, args: &[&str], input: &[u8]) -> Output {
+        let mut child = Command::new(PROGRAM)
+            .args(["-namespace", "default", "-address", "/run/c.sock", "-publish-binary", "/bin/false", "-id", "vm1"])
+            .args(args)
+            .current_dir(self.bundle())
+            .env("OVMS_CONFIG", self.dir.path().join("ovms.toml"))
+            .env_remove("TTRPC_ADDRESS")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        child.stdin.take().unwrap().write_all(input).unwrap();
+        // Waits for the end of both pipes: a server that holds one would hang this as it would hang containerd.
+        child.wait_with_output().unwrap()
+    }
+
+    fn start(&self) -> PathBuf {
+        let params = BootstrapParams {
+            instance_id: "vm1".into(),
+            namespace: "default".into(),
+            containerd_ttrpc_address: self.dir.path().join("nobody.ttrpc").display().to_string(),
+            socket_dir: Some(self.dir.path().display().to_string()),
+            ..Default::default()
+        };
+        let output = self.run(&["start"], &params.write_to_bytes().unwrap());
+        assert!(output.status.success(), "{output:?}");
+        assert!(output.stderr.is_empty(), "{output:?}");
+        let address = String::from_utf8(output.stdout).unwrap();
+        assert_eq!(fs::read_to_string(self.bundle().join("address")).unwrap(), address);
+        address.strip_prefix("unix://").unwrap().into()
+    }
+}
+
+async fn call<Q: Message, A: Message>(socket: &Path, service: &str, method: &str, request: &Q) -> A {
+    let client = Client::new(Socket::connect_unix(socket.to_str().unwrap()).await.unwrap());
+    let request = ttrpc::Request {
+        service: service.into(),
+        method: method.into(),
+        timeout_nano: Duration::from_secs(5).as_nanos() as i64,
+        payload: request.write_to_bytes().unwrap(),
+        ..Default::default()
+    };
+    A::parse_from_bytes(&client.request(request).await.unwrap().payload).unwrap()
+}
+
+#[tokio::test]
+async fn start_prints_an_address_where_both_task_services_answer_until_shutdown() {
+    let bed = Bed::new();
+    let socket = bed.start();
+    let metadata = fs::metadata(&socket).unwrap();
+    assert!(metadata.file_type().is_socket());
+    assert_eq!(metadata.permissions().mode() & 0o777, 0o600);
+
+    let mut server = 0;
+    for name in NAMES {
+        let request = ConnectRequest { id: "vm1".into(), ..Default::default() };
+        let answer: ConnectResponse = call(&socket, name, "Connect", &request).await;
+        assert_eq!(answer.task_pid, 0);
+        server = answer.shim_pid;
+    }
+    let again = bed.start();
+    assert_eq!(again, socket, "a second start finds the server that runs");
+
+    let _: Empty = call(&socket, NAMES[0], "Shutdown", &ShutdownRequest::new()).await;
+    let end = Instant::now() + Duration::from_secs(5);
+    let is_gone = || !fs::read_to_string(format!("/proc/{server}/stat")).is_ok_and(|stat| !stat.contains(") Z "));
+    while !is_gone() || socket.exists() {
+        assert!(Instant::now() < end, "the server does not end");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+#[test]
+fn start_without_an_event_address_fails_and_leaves_no_socket() {
+    let bed = Bed::new();
+    let output = bed.run(&["start"], b"");
+    assert!(!output.status.success() && output.stdout.is_empty(), "{output:?}");
+    assert!(String::from_utf8_lossy(&output.stderr).contains("TTRPC_ADDRESS"), "{output:?}");
+    assert!(!bed.bundle().join("address").exists());
+}
+
+#[test]
+fn start_with_broken_settings_says_which_key() {
+    let bed = Bed::new();
+    fs::write(bed.dir.path().join("ovms.toml"), "[vm]\nmemroy = \"1G\"\n").unwrap();
+    let output = bed.run(&["start"], b"");
+    assert!(!output.status.success(), "{output:?}");
+    assert!(String::from_utf8_lossy(&output.stderr).contains("memroy"), "{output:?}");
+}
+
+#[test]
+fn delete_of_nothing_answers_killed_as_often_as_it_is_asked() {
+    let bed = Bed::new();
+    let bundle = bed.bundle().display().to_string();
+    for _ in 0..2 {
+        let output = bed.run(&["-bundle", &bundle, "delete"], b"");
+        assert!(output.status.success(), "{output:?}");
+        let answer = DeleteResponse::parse_from_bytes(&output.stdout).unwrap();
+        assert_eq!((answer.pid, answer.exit_status), (0, 137));
+        assert!(answer.exited_at.seconds > 0);
+    }
+}
+
+#[test]
+fn info_describes_the_runtime() {
+    let output = Bed::new().run(&["-info"], b"");
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(RuntimeInfo::parse_from_bytes(&output.stdout).unwrap().name, "io.containerd.ovms.v1");
+}
