@@ -9,6 +9,7 @@ use ovms_artifact::{media, oci};
 use super::refused;
 use crate::containerd::{Containerd, Scope};
 use crate::error::{Context, Error, Result};
+use crate::proto::images as api;
 
 /// What the image's documents say.
 #[derive(Debug)]
@@ -25,22 +26,9 @@ pub struct Image {
 
 /// Follows a container's record to its image. `chain` is the chain id of the layers that the container stands on.
 pub async fn of_container(containerd: &Containerd, scope: &Scope, id: &str, chain: Option<&str>) -> Result<Image> {
-    let container = containerd.container(scope, id).await?;
-    if container.image.is_empty() {
-        return Err(Error::invalid(format!("container {id} has no image, and its layers have no descriptor")));
-    }
-    let image = containerd.image(scope, &container.image).await.map_err(|err| {
-        let message = format!(
-            "the image {} of container {id} has no descriptor layer and is needed for its kernel: keep the image until \
-             its machine has started",
-            container.image
-        );
-        Error::new(err.kind(), message).because(err)
-    })?;
-    let target = image.target.ok_or_else(|| Error::internal(format!("image {} has no target", image.name)))?;
+    let image = record(containerd, scope, id).await?;
     let named = |err: Error| Error::new(err.kind(), format!("image {} cannot run", image.name)).because(err);
-    let documents = documents(containerd, scope, &target.media_type, &target.digest, chain).await.map_err(named)?;
-    let Documents { parts, args } = documents;
+    let Documents { parts, args } = documents(containerd, scope, &image, chain).await.map_err(named)?;
     let blob = parts.manifest.as_ref().ok_or_else(|| {
         named(Error::invalid(format!(
             "it is no OVMS image: it has neither a descriptor layer nor a blob of type {}",
@@ -60,6 +48,27 @@ pub async fn of_container(containerd: &Containerd, scope: &Scope, id: &str, chai
     Ok(Image { name: image.name.clone(), resolved, disks, args })
 }
 
+/// Entrypoint and Cmd of a container's image, if the image is still there.
+pub async fn args_of(containerd: &Containerd, scope: &Scope, id: &str, chain: Option<&str>) -> Option<Vec<String>> {
+    let image = record(containerd, scope, id).await.ok()?;
+    Some(documents(containerd, scope, &image, chain).await.ok()?.args)
+}
+
+async fn record(containerd: &Containerd, scope: &Scope, id: &str) -> Result<api::Image> {
+    let container = containerd.container(scope, id).await?;
+    if container.image.is_empty() {
+        return Err(Error::invalid(format!("container {id} has no image, and its layers have no descriptor")));
+    }
+    containerd.image(scope, &container.image).await.map_err(|err| {
+        let message = format!(
+            "the image {} of container {id} has no descriptor layer and is needed for its kernel: keep the image until \
+             its machine has started",
+            container.image
+        );
+        Error::new(err.kind(), message).because(err)
+    })
+}
+
 /// The documents of the manifest whose layers are the container's.
 struct Documents {
     parts: Parts,
@@ -69,11 +78,13 @@ struct Documents {
 async fn documents(
     containerd: &Containerd,
     scope: &Scope,
-    media_type: &str,
-    digest: &str,
+    image: &api::Image,
     chain: Option<&str>,
 ) -> Result<Documents> {
-    if !media::is_index(media_type) {
+    let target = image.target.as_ref();
+    let target = target.ok_or_else(|| Error::internal(format!("image {} has no target", image.name)))?;
+    let digest = target.digest.as_str();
+    if !media::is_index(&target.media_type) {
         return manifest_documents(containerd, scope, digest).await;
     }
     let bytes = containerd.read_small(scope, digest, MAX_DOCUMENT).await?;

@@ -91,16 +91,16 @@ pub async fn prepare(
     finish_parents(daemon, chain, tell).await?;
     let at = chain.clone();
     let layers = daemon.blocking(move |daemon| layers_below(daemon, &at)).await?;
-    let Plan { manifest, kernel, initrd, args, name } = plan(daemon, scope, container, chain, &layers).await?;
-    let mut holders = vec![chain.record.number];
-    holders.extend(chain.parents.first().map(|parent| parent.number));
-    let mut boot = [None, None];
-    for (place, (field, digest)) in boot.iter_mut().zip([("kernel.ref", kernel), ("initrd.ref", initrd)]) {
-        if let Some(digest) = digest {
-            *place = Some(copies::keep(daemon, scope, field, digest, &holders).await?);
+    let plan = plan(daemon, scope, container, chain, &layers).await?;
+    let (boot, args) = tokio::join!(boot_files(daemon, scope, chain, &plan), async {
+        match plan.args.clone() {
+            Some(args) => Some(args),
+            // Whatever tool wrote the image may have given it another Entrypoint than ours.
+            None => image::args_of(&daemon.containerd, scope, container, chain_id(chain)).await,
         }
-    }
-    let [kernel, initrd] = boot;
+    });
+    let [kernel, initrd] = boot?;
+    let Plan { manifest, name, .. } = plan;
     let disk = disk_below(&layers).map(|(top, disk)| Disk {
         virtual_size: disk.virtual_size,
         table: top.table(),
@@ -112,6 +112,25 @@ pub async fn prepare(
     let answer = args.clone();
     daemon.blocking(move |daemon| write_bundle(daemon, &dir, &record, answer.as_deref())).await?;
     Ok(Resolved { bundle, args })
+}
+
+/// Copies of kernel and initial RAM disk, held by the snapshot and by the image that it stands on.
+async fn boot_files(daemon: &Arc<Daemon>, scope: &Scope, chain: &Chain, plan: &Plan) -> Result<[Option<PathBuf>; 2]> {
+    let mut holders = vec![chain.record.number];
+    holders.extend(chain.parents.first().map(|parent| parent.number));
+    let mut boot = [None, None];
+    let wanted = [("kernel.ref", plan.kernel), ("initrd.ref", plan.initrd)];
+    for (place, (field, digest)) in boot.iter_mut().zip(wanted) {
+        if let Some(digest) = digest {
+            *place = Some(copies::keep(daemon, scope, field, digest, &holders).await?);
+        }
+    }
+    Ok(boot)
+}
+
+/// The chain id of the layers that a container's snapshot stands on: the last part of its parent's name.
+fn chain_id(chain: &Chain) -> Option<&str> {
+    chain.record.parent.rsplit('/').next().filter(|name| !name.is_empty())
 }
 
 /// What a machine is to be made of.
@@ -137,7 +156,7 @@ async fn plan(
             break;
         }
     }
-    let parent = chain.record.parent.rsplit('/').next().filter(|name| !name.is_empty());
+    let parent = chain_id(chain);
     if let Some(manifest) = descriptor {
         let pinned = |field: &str, reference: Option<&ovms_artifact::manifest::Ref>| match reference {
             None => Ok(None),
