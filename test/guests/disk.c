@@ -1,5 +1,6 @@
 /* A virtio-blk driver of the smallest kind: reads sector 0 and prints it up to its first zero, writes a pattern to
- * the sector that `sector=` names (default 1), flushes, reads it back. Polls; takes no interrupt. */
+ * the sector that `sector=` names (default 1), flushes, reads it back. With `then=` it waits for a byte on COM1 and does
+ * the same to that sector. Polls; takes no interrupt. */
 #include "guest.h"
 #include "pci.h"
 
@@ -108,6 +109,21 @@ static void start(volatile struct common *common)
     common->status = 15;
 }
 
+static void check(uint64_t sector)
+{
+    for (unsigned i = 0; i < 512; i++)
+        data[i] = (uint8_t)(i * 7 + 3);
+    request(1, sector);
+    request(4, 0);
+    for (unsigned i = 0; i < 512; i++)
+        data[i] = 0;
+    request(0, sector);
+    for (unsigned i = 0; i < 512; i++)
+        if (data[i] != (uint8_t)(i * 7 + 3))
+            fail("the pattern did not come back");
+    print("disk good\n");
+}
+
 void run(void)
 {
     unsigned slot = pci_find(0x1af4, 0x1042);
@@ -120,16 +136,11 @@ void run(void)
     for (unsigned i = 0; i < 512 && data[i]; i++)
         put((char)data[i]);
     print("\n");
-    uint64_t sector = argument("sector", 1);
-    for (unsigned i = 0; i < 512; i++)
-        data[i] = (uint8_t)(i * 7 + 3);
-    request(1, sector);
-    request(4, 0);
-    for (unsigned i = 0; i < 512; i++)
-        data[i] = 0;
-    request(0, sector);
-    for (unsigned i = 0; i < 512; i++)
-        if (data[i] != (uint8_t)(i * 7 + 3))
-            fail("the pattern did not come back");
-    print("disk good\n");
+    check(argument("sector", 1));
+    uint64_t then = argument("then", 0);
+    if (!then)
+        return;
+    while (!(inb(COM1 + 5) & 1))
+        relax();
+    check(then);
 }

@@ -138,6 +138,7 @@ impl Machine {
     pub fn boot(&self, payload: Payload, timeline: &mut Recorder) -> Result<(), BuildError> {
         let count = self.vcpus.len() as u8;
         let rsdp = acpi::write(&self.ram, acpi::Description { vcpus: count })?;
+        timeline.passed("acpi");
         let entry = boot::load(&self.ram, payload, rsdp)?;
         timeline.passed("kernel");
         let topology = Topology { vcpus: count, tsc_deadline: self.vm.has_tsc_deadline_timer() };

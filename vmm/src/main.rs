@@ -1,5 +1,6 @@
 //! `ovms-vmm`: one virtual machine. Started by the engine with a control socket as descriptor 3 and nothing else; what
 //! the machine is made of comes over that socket (see `ovms_proto::control`). The exit status is that of the machine.
+#![no_main]
 
 use std::mem::ManuallyDrop;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
@@ -48,7 +49,18 @@ enum StartError {
     Build(#[from] BuildError),
 }
 
-fn main() {
+/// The C entry, in the place of the one that the standard library brings: that one reads /proc/self/maps for the bounds
+/// of the stack and gives every thread an alternate signal stack, only to say "stack overflow" before a process dies
+/// of it. A tenth of a start goes into that; the guard pages are there without it.
+#[no_mangle]
+extern "C" fn main() -> libc::c_int {
+    // SAFETY: sets a disposition before there is a second thread. A console or socket whose other end is gone must be
+    // an error of a call, not the end of the process.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
+    run()
+}
+
+fn run() -> ! {
     let timeline = Recorder::start();
     // SAFETY: sets a parameter of the allocator. One arena for all threads: they allocate little, and each arena of its
     // own would cost every thread three system calls at its start and the machine 100 KiB.

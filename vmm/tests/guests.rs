@@ -3,7 +3,7 @@
 mod common;
 
 use common::{guest, run, Disk, Setup};
-use ovms_proto::control::{Command, Event, ExitReason, MachineState};
+use ovms_proto::control::{Answer, Command, Event, ExitReason, MachineState};
 
 #[test]
 #[ignore = "needs /dev/kvm"]
@@ -192,9 +192,30 @@ fn disk_reads_writes_and_keeps_what_was_flushed() {
         let (reason, said, _) = run(setup);
         assert_eq!((reason, said.as_str()), (ExitReason::PowerOff, "sector 0: \ndisk good\n"));
     }
-    let mut sector = [0u8; 512];
-    disk.open().read_at(3 * 512, &mut sector).unwrap();
-    assert!(sector.iter().enumerate().all(|(at, byte)| *byte == (at * 7 + 3) as u8));
+    assert!(has_pattern(&disk, 1, 3) && has_pattern(&disk, 1, 4) && !has_pattern(&disk, 1, 5));
+}
+
+fn has_pattern(disk: &Disk, tops: usize, sector: u64) -> bool {
+    let mut data = [0u8; 512];
+    disk.open(tops).read_at(sector * 512, &mut data).unwrap();
+    data.iter().enumerate().all(|(at, byte)| *byte == (at * 7 + 3) as u8)
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn frozen_top_keeps_what_was_written_before_and_the_new_one_takes_the_rest() {
+    let mut disk = Disk::new(1 << 20);
+    let mut vmm = disk.add_to(Setup::new(guest("disk")).args("sector=3 then=9")).start();
+    vmm.command(Command::Run);
+    vmm.expect("disk good\n");
+    let freeze = Command::FreezeDisk { disk: 0 };
+    assert!(vmm.try_command(freeze.clone()).unwrap_err().contains("must come with the command"));
+    let top = disk.add_top();
+    assert_eq!(vmm.try_command_with(freeze, &top), Ok(Answer::Done));
+    vmm.type_text("!");
+    assert_eq!(vmm.end().0, ExitReason::PowerOff);
+    assert!(has_pattern(&disk, 1, 3) && !has_pattern(&disk, 1, 9), "the old top is as it was");
+    assert!(has_pattern(&disk, 2, 3) && has_pattern(&disk, 2, 9));
 }
 
 #[test]

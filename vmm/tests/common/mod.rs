@@ -176,9 +176,15 @@ impl Vmm {
 
     /// Sends a command and waits for its answer; events that come meanwhile are kept.
     pub fn try_command(&mut self, command: Command) -> Result<Answer, String> {
+        self.try_command_with(command, &[])
+    }
+
+    /// As [`Vmm::try_command`], with descriptors beside it.
+    pub fn try_command_with(&mut self, command: Command, files: &[File]) -> Result<Answer, String> {
         self.next_id += 1;
         let request = Request { id: self.next_id, command };
-        self.channel.as_ref().unwrap().send(&request, &[]).unwrap();
+        let fds: Vec<_> = files.iter().map(AsFd::as_fd).collect();
+        self.channel.as_ref().unwrap().send(&request, &fds).unwrap();
         loop {
             match self.next() {
                 FromVmm::Reply { id, result } if id == self.next_id => return result,
@@ -280,34 +286,45 @@ pub fn run(setup: Setup) -> (ExitReason, String, i32) {
     vmm.end()
 }
 
-/// A disk without layers: reads as zeroes where nothing was written.
+/// A disk without layers: reads as zeroes where nothing was written. Its tops, oldest first.
 pub struct Disk {
+    size: u64,
     table: File,
-    data: File,
-    map: File,
+    tops: Vec<[File; 2]>,
 }
 
 impl Disk {
     pub fn new(size: u64) -> Self {
-        let [table, data, map] = [(); 3].map(|()| tempfile::tempfile().unwrap());
+        let table = tempfile::tempfile().unwrap();
         Table::empty(size).unwrap().write_to(&table).unwrap();
-        Top::create(&data, &map, size).unwrap();
-        Self { table, data, map }
+        let mut disk = Self { size, table, tops: Vec::new() };
+        disk.add_top();
+        disk
     }
 
-    fn files(&self) -> [File; 3] {
-        [&self.table, &self.data, &self.map].map(|file| file.try_clone().unwrap())
+    /// Makes another top; gives its data and map.
+    pub fn add_top(&mut self) -> [File; 2] {
+        let files = [(); 2].map(|()| tempfile::tempfile().unwrap());
+        Top::create(&files[0], &files[1], self.size).unwrap();
+        self.tops.push(files);
+        self.top(self.tops.len() - 1)
+    }
+
+    fn top(&self, index: usize) -> [File; 2] {
+        self.tops[index].each_ref().map(|file| file.try_clone().unwrap())
     }
 
     pub fn add_to(&self, setup: Setup) -> Setup {
-        let [table, data, map] = self.files();
-        setup.disk(table, data, map)
+        let [data, map] = self.top(0);
+        setup.disk(self.table.try_clone().unwrap(), data, map)
     }
 
-    /// The disk as it is now, seen from the host.
-    pub fn open(&self) -> Stack {
-        let [table, data, map] = self.files();
-        let files = StackFiles { table, layers: vec![], frozen: vec![], top: Some(TopFiles { data, map }) };
-        Stack::open(files, true).unwrap()
+    /// The disk as its first `tops` tops show it now, seen from the host.
+    pub fn open(&self, tops: usize) -> Stack {
+        let table = self.table.try_clone().unwrap();
+        let mut frozen: Vec<_> =
+            (0..tops).map(|index| self.top(index)).map(|[data, map]| TopFiles { data, map }).collect();
+        let top = frozen.pop();
+        Stack::open(StackFiles { table, layers: vec![], frozen, top }, true).unwrap()
     }
 }
