@@ -23,5 +23,6 @@ pub use error::{Error, Result};
 pub use open::{create_top, Bundle, DiskFiles};
 /// The Entrypoint of every image that `ovm build` writes, for those who compare a container's arguments with it.
 pub use ovms_artifact::image::ENTRYPOINT;
+pub use ovms_artifact::manifest::Manifest;
 pub use publish::{publish, sync, write_new};
 pub use record::{Disk, Record, TopPaths, RECORD_VERSION};

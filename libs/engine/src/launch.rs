@@ -6,7 +6,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use ovms_bundle::{Bundle, DiskFiles};
+use ovms_bundle::{Bundle, DiskFiles, Manifest};
 use ovms_config::vm::{
     check_cmdline, BootConfig, ConsoleConfig, DiskConfig, FdIndex, JailConfig, TopConfig, VmConfig, VM_CONFIG_VERSION,
 };
@@ -40,6 +40,7 @@ impl Packet {
         let holder = format!("machine {}/{}, held by process {}", spec.namespace, spec.id, std::process::id());
         let bundle = Bundle::open(&spec.bundle, &holder, spec.read_only).map_err(bundle_error)?;
         let manifest = &bundle.record.manifest;
+        check_manifest(manifest)?;
         let wishes = &mut spec.wishes;
         wishes.image_vcpus = wishes.image_vcpus.or(manifest.vcpus());
         wishes.image_memory = wishes.image_memory.or(manifest.memory_bytes());
@@ -101,6 +102,19 @@ impl FdList {
         self.0.push(fd.into());
         FdIndex::try_from(self.0.len() - 1).unwrap_or(FdIndex::MAX)
     }
+}
+
+/// Refuses what the image asks for and the machine would silently lack.
+fn check_manifest(manifest: &Manifest) -> Result<()> {
+    let lacking = if let Some(device) = manifest.devices.first() {
+        format!("the device {} of type {}", device.name, device.kind)
+    } else if manifest.ram_snapshot.is_some() {
+        "a RAM snapshot to resume from".to_owned()
+    } else {
+        return Ok(());
+    };
+    let message = format!("the image asks for {lacking}, which this version of ovms does not have: build it without");
+    Err(Error::new(Kind::InvalidArgument, message))
 }
 
 fn disk_config(disk: DiskFiles, fds: &mut FdList) -> DiskConfig {
@@ -181,6 +195,22 @@ mod tests {
         let err = join_cmdline(&"x".repeat(2000), Some(&"y".repeat(47))).unwrap_err();
         assert_eq!(err.kind(), Kind::InvalidArgument);
         assert!(err.chain().contains("2048 bytes, at most 2047"), "{}", err.chain());
+    }
+
+    #[test]
+    fn check_manifest_with_device_or_ram_returns_its_name() {
+        let manifest = |extra: &str| {
+            let text = format!(
+                r#"{{"schemaVersion":1,"mediaType":"application/vnd.ovms.manifest.v1+json","name":"m","version":"1"{extra}}}"#
+            );
+            Manifest::parse(text.as_bytes()).unwrap()
+        };
+        check_manifest(&manifest("")).unwrap();
+        let device = r#","devices":[{"type":"ivshmem","name":"mmio0","size":4096,"mmio_addr":"0x100000000"}]"#;
+        let err = check_manifest(&manifest(device)).unwrap_err();
+        assert!(err.to_string().contains("the device mmio0 of type ivshmem"), "{err}");
+        let err = check_manifest(&manifest(r#","ramSnapshot":{"ref":"ram.lz4"}"#)).unwrap_err();
+        assert!(err.to_string().contains("a RAM snapshot"), "{err}");
     }
 
     #[test]
