@@ -402,6 +402,40 @@ mod tests {
     }
 
     #[test]
+    fn switch_to_edge_and_back_clears_remote_irr() {
+        let (ioapic, log) = ioapic();
+        let pin = ioapic.pin(9).unwrap();
+        write_entry(&ioapic, 9, ENTRY_LEVEL | 0x55);
+        pin.assert();
+        log.take();
+        write_entry(&ioapic, 9, ENTRY_MASKED | 0x55);
+        write_entry(&ioapic, 9, ENTRY_LEVEL | 0x55);
+        assert_eq!(log.take().len(), 1, "still asserted, and not in service any more");
+    }
+
+    #[test]
+    fn restore_of_impossible_states_returns_invalid() {
+        let (ioapic, _) = ioapic();
+        let good = StateV1::power_on();
+        let with_entry = |entry| {
+            let mut state = good.clone();
+            state.pins[3].entry = entry;
+            state
+        };
+        let restore = |state: &StateV1| ioapic.restore(&Section::encode(KIND, VERSION, state).unwrap());
+        for bad in [
+            with_entry(ENTRY_REMOTE_IRR),
+            with_entry(ENTRY_STATUS),
+            with_entry(1 << 40),
+            StateV1 { id: 1, ..good.clone() },
+            StateV1 { pins: good.pins[1..].to_vec(), ..good.clone() },
+        ] {
+            assert!(matches!(restore(&bad), Err(StateError::Invalid { .. })), "{bad:?}");
+        }
+        restore(&with_entry(ENTRY_REMOTE_IRR | ENTRY_LEVEL)).unwrap();
+    }
+
+    #[test]
     fn wires_on_one_pin_are_ored() {
         let (ioapic, log) = ioapic();
         let (a, b) = (ioapic.pin(9).unwrap(), ioapic.pin(9).unwrap());

@@ -284,6 +284,36 @@ mod tests {
     }
 
     #[test]
+    fn statistics_buffer_of_before_a_reset_is_forgotten() {
+        let (balloon, _) = balloon();
+        let mut driver = Driver::ready(balloon.clone(), 0);
+        let (head, _) = driver.prepare(2, &[Part::Out(&stat(4, 1))]);
+        driver.offer(2, head);
+        assert!(driver.wait_for(|_| balloon.stats().free.is_some()));
+        driver.start(0);
+        assert_eq!(balloon.stats(), BalloonStats::default());
+        balloon.request_stats();
+        driver.function.pause();
+        driver.function.resume();
+        driver.function.pause();
+        assert_eq!(driver.poll_used(2), None);
+    }
+
+    #[test]
+    fn restore_of_a_buffer_outside_of_the_queue_returns_invalid() {
+        use ovms_state::{Section, StateError};
+        let (balloon, _) = balloon();
+        for (head, fits) in [(127, true), (128, false)] {
+            let state = serde_json::json!({"target": 0, "actual": 0, "held": head});
+            let section = Section { payload: state.to_string().into_bytes(), ..balloon.save().unwrap() };
+            match balloon.restore(&section) {
+                Ok(()) => assert!(fits),
+                Err(error) => assert!(!fits && matches!(error, StateError::Invalid { .. }), "{error}"),
+            }
+        }
+    }
+
+    #[test]
     fn contract_holds() {
         virtio_contract::device(|| balloon().0);
     }

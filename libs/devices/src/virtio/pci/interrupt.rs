@@ -9,7 +9,8 @@ use crate::virtio::VirtioInterrupt;
 const ISR_QUEUE: u8 = 1 << 0;
 const ISR_CONFIG: u8 = 1 << 1;
 
-/// Shared by the transport and the device's workers; takes none of the transport's locks.
+/// Shared by the transport and the device's workers; takes none of the transport's locks. A device has it only while it
+/// is active, so nothing is sent before DRIVER_OK (virtio 1.2, 3.1.1).
 pub(super) struct Interrupt {
     pub(super) msix: Msix,
     isr: AtomicU8,
@@ -17,7 +18,6 @@ pub(super) struct Interrupt {
     queue_vectors: Vec<AtomicU16>,
     needs_reset: AtomicBool,
     generation: AtomicU8,
-    live: AtomicBool,
 }
 
 impl Interrupt {
@@ -29,7 +29,6 @@ impl Interrupt {
             queue_vectors: (0..queues).map(|_| AtomicU16::new(NO_VECTOR)).collect(),
             needs_reset: AtomicBool::new(false),
             generation: AtomicU8::new(0),
-            live: AtomicBool::new(false),
         }
     }
 
@@ -39,11 +38,6 @@ impl Interrupt {
         for (slot, vector) in self.queue_vectors.iter().zip(queues) {
             slot.store(vector, Ordering::Release);
         }
-    }
-
-    /// Whether the driver has set DRIVER_OK: before that, nothing is sent (virtio 1.2, 3.1.1).
-    pub(super) fn set_live(&self, live: bool) {
-        self.live.store(live, Ordering::Release);
     }
 
     pub(super) fn broken(&self) -> bool {
@@ -65,7 +59,6 @@ impl Interrupt {
 
     pub(super) fn reset(&self) {
         self.load(0, 0, false);
-        self.set_live(false);
         self.set_vectors(NO_VECTOR, self.queue_vectors.iter().map(|_| NO_VECTOR));
     }
 
@@ -93,10 +86,8 @@ impl VirtioInterrupt for Interrupt {
 
     fn config(&self) {
         self.generation.fetch_add(1, Ordering::AcqRel);
-        if self.live.load(Ordering::Acquire) {
-            self.isr.fetch_or(ISR_CONFIG, Ordering::AcqRel);
-            self.send(Some(&self.config_vector));
-        }
+        self.isr.fetch_or(ISR_CONFIG, Ordering::AcqRel);
+        self.send(Some(&self.config_vector));
     }
 
     fn needs_reset(&self) {

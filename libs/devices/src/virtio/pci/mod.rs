@@ -186,7 +186,6 @@ impl VirtioPci {
             Effect::Reset => self.reset_device(),
             Effect::Vectors => self.interrupt.set_vectors(common.config_vector, common.queues.iter().map(|q| q.vector)),
             Effect::Activate => {
-                self.interrupt.set_live(true);
                 let features = common.driver_features;
                 let activated = self
                     .build_queues(&common, &[])

@@ -96,7 +96,6 @@ impl Persist for VirtioPci {
         self.interrupt.msix.load(saved.msix);
         let vectors = saved.common.queues.iter().map(|queue| queue.vector);
         self.interrupt.set_vectors(saved.common.config_vector, vectors);
-        self.interrupt.set_live(live);
         self.interrupt.load(saved.isr, saved.generation, saved.needs_reset);
         let features = saved.common.driver_features;
         *common = saved.common;

@@ -285,6 +285,52 @@ fn notifiers_lie_where_the_capability_says() {
 }
 
 #[test]
+fn restore_of_impossible_states_is_refused_and_changes_nothing() {
+    use serde_json::{json, Value};
+    let mut driver = Driver::ready(Echo::new(), 0);
+    driver.request(0, &[Part::Out(b"x"), Part::In(1)]);
+    let good = driver.function.save().unwrap();
+    let cases: &[(&str, Value)] = &[
+        ("/config/bytes/0", json!(0)),
+        ("/config/bytes/255", json!(1)),
+        ("/config/bytes", json!([0, 1])),
+        ("/msix/control", json!(0x8001)),
+        ("/msix/entries/0/pending", json!(true)),
+        ("/msix/entries/0/address", json!(0xfee0_0001u32)),
+        ("/msix/entries/0/control", json!(2)),
+        ("/msix/entries", json!([])),
+        ("/common/status", json!(0x10)),
+        ("/common/status", json!(4)),
+        ("/common/status", json!(0x4f)),
+        ("/common/driver_features", json!(0)),
+        ("/common/driver_features", json!(u64::MAX)),
+        ("/common/config_vector", json!(3)),
+        ("/common/queues", json!([])),
+        ("/common/queues/0/size", json!(0)),
+        ("/common/queues/0/size", json!(3)),
+        ("/common/queues/1/size", json!(128)),
+        ("/common/queues/0/vector", json!(3)),
+        ("/common/queues/0/desc", json!(0x40_0000 - 16)),
+        ("/common/queues/0/driver", json!(u64::MAX - 1)),
+        ("/common/queues/0/device", json!(0x1_0002)),
+        ("/isr", json!(4)),
+        ("/device/kind", json!("other")),
+        ("/device/version", json!(9)),
+    ];
+    let fresh = crate::testkit::driver::function(Echo::new(), driver.mem.clone()).0;
+    let before = fresh.save().unwrap();
+    for (pointer, value) in cases {
+        let mut state: Value = serde_json::from_slice(&good.payload).unwrap();
+        *state.pointer_mut(pointer).unwrap() = value.clone();
+        let bad = Section { payload: serde_json::to_vec(&state).unwrap(), ..good.clone() };
+        assert!(fresh.restore(&bad).is_err(), "{pointer} = {value}");
+        assert_eq!(fresh.save().unwrap(), before, "{pointer} = {value}");
+    }
+    fresh.restore(&good).unwrap();
+    assert!(fresh.restore(&good).is_err(), "not over a driver that runs");
+}
+
+#[test]
 fn restore_of_another_name_returns_wrong_kind() {
     let driver = Driver::ready(Echo::new(), 0);
     let mut section = driver.function.save().unwrap();
