@@ -47,8 +47,9 @@ test: ## Run the tests that need neither root nor KVM
 test-kvm: build guests ## Run the tests that need root and /dev/kvm (bare-metal guests)
 	$(CARGO) test --workspace --locked -- --ignored --test-threads=2
 
-suite: ## Build containerd's own snapshotter test suite
+suite: ## Build containerd's own snapshotter test suite and the tests' containerd client
 	cd test/snapshotter-suite && CGO_ENABLED=0 go test -c -trimpath -o ../../target/e2e/snapshotter-suite .
+	cd test/snapshotter-suite && CGO_ENABLED=0 go build -trimpath -o ../../target/e2e/samedisk ./samedisk
 
 e2e: build guests suite ## Run the end-to-end cases: E2E=auto|native|nested|direct CASE=glob
 	E2E='$(E2E)' CASE='$(CASE)' python3 test/e2e/run.py

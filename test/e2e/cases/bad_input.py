@@ -11,7 +11,7 @@ from pathlib import Path
 from e2e.harness import oci
 from e2e.harness.bed import Bed
 from e2e.harness.case import case, check
-from e2e.harness.ovms import RUNTIME
+from e2e.harness.ovms import REPO, RUNTIME
 
 from .pull import push_with_oras, without_our_differ
 
@@ -287,7 +287,7 @@ def an_ordinary_image_under_our_runtime(bed: Bed) -> None:
     """busybox under io.containerd.ovms.v1 is refused in plain words."""
     image = bed.import_for_ovms(bed.ordinary(oci.busybox()))
 
-    bed.refused(bed.vm(image, "vm", "--rm", status=None), "OVMS")
+    bed.refused(bed.vm(image, "vm", "--rm", status=None), "ordinary container image")
     bed.nothing_half_made()
 
 
@@ -295,12 +295,10 @@ def an_ordinary_image_under_our_runtime(bed: Bed) -> None:
 def a_disk_in_use(bed: Bed) -> None:
     """A second machine on the writable disk of a running one is refused with the first one's name."""
     bed.detached("wait")
-    mounts = bed.containerd.ctr("snapshots", "--snapshotter", "ovms", "mounts", "/target", "vm").out
-    source = next(word for word in mounts.split() if word.startswith("/") and word != "/target")
 
-    done = bed.containerd.ctr("run", "--rm", "--rootfs", "--runtime", RUNTIME, source, "vm2", status=None)
+    done = bed.run([REPO / "target/e2e/samedisk", bed.containerd.socket, bed.namespace, "vm", "vm2"], status=None)
 
-    bed.refused(done, "in use")
+    bed.refused(done, "in use", "vm")
     check(bed.containerd.tasks() == {"vm": "RUNNING"}, f"tasks: {bed.containerd.tasks()}")
 
 

@@ -165,8 +165,7 @@ class Bed:
     def nothing_half_made(self) -> None:
         """Checks that no task, no machine's process and no record of one is there."""
         check(not self.containerd.tasks(), f"tasks are left: {self.containerd.tasks()}")
-        machines = self.ovms.runtime / "machines"
-        left = sorted(path.name for path in machines.iterdir()) if machines.exists() else []
+        left = sorted(str(path) for path in self.ovms.runtime.glob("machines/**/*") if not path.is_dir())
         check(not left, f"records of machines are left: {left}")
         vmms = [name for name in process.descendants().values() if "ovms-vmm" in name]
         check(not vmms, f"VMMs are left: {vmms}")
