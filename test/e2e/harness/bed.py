@@ -82,8 +82,11 @@ class Bed:
         """Writes an ordinary image as an OCI layout."""
         return oci.write(image, Path(tempfile.mkdtemp(prefix="image", dir=self.dir)))
 
-    def close(self) -> list[str]:
-        """Ends everything; returns what went wrong on the way and what is left on the machine."""
+    def close(self, *, failed: bool = False, logs: Path | None = None) -> list[str]:
+        """Ends everything; returns what went wrong on the way and what is left on the machine.
+
+        If anything did, or the case has failed already, the daemons' logs are copied to `logs`.
+        """
         wrong: list[str] = []
         while self._closers:
             try:
@@ -92,15 +95,17 @@ class Bed:
                 wrong.append(f"at the end: {error}")
         wrong += [f"left behind: {what}" for what in self._leftovers.find()]
         self._leftovers.remove()
+        if logs and (failed or wrong):
+            self._save_logs(logs)
         shutil.rmtree(self.dir, ignore_errors=True)
         if self.dir.exists():
             wrong.append(f"cannot remove {self.dir}")
         return wrong
 
-    def save_logs(self, destination: Path) -> None:
-        """Copies the logs of the daemons aside, for a case that failed."""
+    def _save_logs(self, destination: Path) -> None:
+        """Copies the logs of the daemons and what guests said to files aside."""
         destination.mkdir(parents=True, exist_ok=True)
-        for log in self.dir.glob("**/log"):
+        for log in [*self.dir.glob("**/log"), *self.dir.glob("*.console")]:
             if log.is_file():
                 name = "-".join(log.relative_to(self.dir).parts)
                 shutil.copy(log, destination / name)

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from . import process
 
-_PATIENCE = 3.0
+#: Seconds. A shim whose containerd has gone tries to deliver its last events for six.
+_PATIENCE = 10.0
 
 
 def _mounts(token: str) -> list[str]:

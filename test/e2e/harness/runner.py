@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import shutil
 import signal
 import sys
 import time
@@ -126,9 +127,9 @@ def _run_case(case: Case, place: str, where: str, release: str, guests: Guests) 
         result, reasons = "failed", [f"{type(error).__name__} at {_place_in(error.__traceback__)}: {error}"]
     seconds = time.monotonic() - began
     with _uninterrupted():
-        if result == "failed":
-            bed.save_logs(report.DIRECTORY / "logs" / f"{where.replace('/', '-')}-{case.name}")
-        wrong = bed.close()
+        logs = report.DIRECTORY / "logs" / f"{where.replace('/', '-')}-{case.name}"
+        shutil.rmtree(logs, ignore_errors=True)
+        wrong = bed.close(failed=result == "failed", logs=logs)
     if wrong:
         result, reasons = "failed", [*reasons, *wrong]
     return Outcome(case.name, where, result, round(seconds, 2), "; ".join(reasons))
