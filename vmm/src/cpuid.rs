@@ -1,6 +1,12 @@
 //! What a guest's processor says about itself: what KVM supports, with this machine's topology in it.
 
 use kvm_bindings::{kvm_cpuid_entry2, CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX};
+use vmm_sys_util::errno;
+
+use crate::kvm::{failed, KvmError};
+
+/// Extended topology, and its second version.
+const TOPOLOGY_LEAFS: [u32; 2] = [0xb, 0x1f];
 
 /// Leaf 1, ECX: TSC-deadline timer.
 const TSC_DEADLINE: u32 = 1 << 24;
@@ -28,12 +34,21 @@ impl Topology {
 }
 
 /// Fits what KVM supports to processor number `index` of the machine.
-pub fn for_vcpu(supported: &CpuId, topology: Topology, index: u8) -> CpuId {
-    let mut cpuid = supported.clone();
-    for entry in cpuid.as_mut_slice() {
+///
+/// # Errors
+/// More leafs than KVM takes.
+pub fn for_vcpu(supported: &CpuId, topology: Topology, index: u8) -> Result<CpuId, KvmError> {
+    let given = supported.as_slice();
+    let highest = given.iter().find(|entry| entry.function == 0).map_or(0, |entry| entry.eax);
+    // KVM gives at most an empty first level of the topology leafs: they are written anew.
+    let mut entries: Vec<_> = given.iter().filter(|entry| !TOPOLOGY_LEAFS.contains(&entry.function)).copied().collect();
+    for entry in &mut entries {
         adapt(entry, topology, index);
     }
-    cpuid
+    for function in TOPOLOGY_LEAFS.into_iter().filter(|function| *function <= highest) {
+        entries.extend((0..=1).map(|level| topology_level(function, level, topology, index)));
+    }
+    CpuId::from_entries(&entries).map_err(|_| failed("KVM_SET_CPUID2")(errno::Error::new(libc::E2BIG)))
 }
 
 fn adapt(entry: &mut kvm_cpuid_entry2, topology: Topology, index: u8) {
@@ -60,7 +75,6 @@ fn adapt(entry: &mut kvm_cpuid_entry2, topology: Topology, index: u8) {
         0x6 => entry.eax |= ARAT,
         // No performance counters: what the host has changes under a machine that is restored elsewhere.
         0xa => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
-        0xb | 0x1f => extended_topology(entry, topology, apic_id),
         0x8000_0008 => entry.ecx = (entry.ecx & !0xf0ff) | (topology.core_bits() << 12) | (cores - 1),
         // AMD: extended APIC id, one thread a core, one node.
         0x8000_001e => (entry.eax, entry.ebx, entry.ecx) = (apic_id, apic_id & 0xff, 0),
@@ -68,18 +82,22 @@ fn adapt(entry: &mut kvm_cpuid_entry2, topology: Topology, index: u8) {
     }
 }
 
-/// Leafs 0xb and 0x1f: level 0 numbers threads (one a core), level 1 cores (Intel SDM vol. 2, CPUID).
-fn extended_topology(entry: &mut kvm_cpuid_entry2, topology: Topology, apic_id: u32) {
-    let (kind, shift, count) = match entry.index {
+/// One level of leafs 0xb and 0x1f: level 0 numbers threads (one a core), level 1 cores (Intel SDM vol. 2, CPUID).
+fn topology_level(function: u32, level: u32, topology: Topology, index: u8) -> kvm_cpuid_entry2 {
+    let (kind, shift, count) = match level {
         0 => (1, 0, 1),
-        1 => (2, topology.core_bits(), u32::from(topology.vcpus)),
-        _ => (0, 0, 0),
+        _ => (2, topology.core_bits(), u32::from(topology.vcpus)),
     };
-    entry.flags |= KVM_CPUID_FLAG_SIGNIFCANT_INDEX;
-    entry.eax = shift;
-    entry.ebx = count;
-    entry.ecx = (kind << 8) | (entry.index & 0xff);
-    entry.edx = apic_id;
+    kvm_cpuid_entry2 {
+        function,
+        index: level,
+        flags: KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+        eax: shift,
+        ebx: count,
+        ecx: (kind << 8) | level,
+        edx: u32::from(index),
+        ..Default::default()
+    }
 }
 
 fn set(register: &mut u32, bit: u32, on: bool) {
@@ -94,10 +112,13 @@ fn set(register: &mut u32, bit: u32, on: bool) {
 mod tests {
     use super::*;
 
+    fn adapt_all(entries: &[kvm_cpuid_entry2], vcpus: u8, number: u8) -> Vec<kvm_cpuid_entry2> {
+        let supported = CpuId::from_entries(entries).unwrap();
+        for_vcpu(&supported, Topology { vcpus, tsc_deadline: true }, number).unwrap().as_slice().to_vec()
+    }
+
     fn adapted(function: u32, index: u32, eax: u32, vcpus: u8, number: u8) -> kvm_cpuid_entry2 {
-        let entry = kvm_cpuid_entry2 { function, index, eax, ..Default::default() };
-        let supported = CpuId::from_entries(&[entry]).unwrap();
-        for_vcpu(&supported, Topology { vcpus, tsc_deadline: true }, number).as_slice()[0]
+        adapt_all(&[kvm_cpuid_entry2 { function, index, eax, ..Default::default() }], vcpus, number)[0]
     }
 
     #[test]
@@ -111,14 +132,23 @@ mod tests {
     }
 
     #[test]
-    fn leaf_0xb_has_one_thread_a_core_and_all_cores_in_the_package() {
-        let threads = adapted(0xb, 0, 0, 32, 31);
-        let cores = adapted(0xb, 1, 0, 32, 31);
-        let end = adapted(0xb, 2, 0, 32, 31);
-        assert_eq!((threads.eax, threads.ebx, threads.ecx), (0, 1, 0x100));
-        assert_eq!((cores.eax, cores.ebx, cores.ecx), (5, 32, 0x201));
-        assert_eq!((end.eax, end.ebx, end.ecx), (0, 0, 2));
-        assert_eq!([threads.edx, cores.edx, end.edx], [31; 3]);
+    fn topology_leafs_have_one_thread_a_core_and_all_cores_in_the_package() {
+        let leaf = |function, eax| kvm_cpuid_entry2 { function, eax, ..Default::default() };
+        let entries = adapt_all(&[leaf(0, 0x1f), leaf(0xb, 0)], 32, 31);
+        for function in TOPOLOGY_LEAFS {
+            let levels: Vec<_> = entries.iter().filter(|entry| entry.function == function).collect();
+            let [threads, cores] = levels.as_slice() else { panic!("{levels:?}") };
+            assert_eq!((threads.index, threads.eax, threads.ebx, threads.ecx), (0, 0, 1, 0x100));
+            assert_eq!((cores.index, cores.eax, cores.ebx, cores.ecx), (1, 5, 32, 0x201));
+            assert_eq!([threads.edx, cores.edx], [31; 2]);
+        }
+    }
+
+    #[test]
+    fn topology_leafs_beyond_the_highest_are_left_out() {
+        let entries = adapt_all(&[kvm_cpuid_entry2 { function: 0, eax: 0xd, ..Default::default() }], 4, 0);
+        let functions: Vec<_> = entries.iter().map(|entry| entry.function).collect();
+        assert_eq!(functions, [0, 0xb, 0xb]);
     }
 
     #[test]

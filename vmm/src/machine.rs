@@ -146,7 +146,7 @@ impl Machine {
             let index = vcpu.index();
             let failed = |err| BuildError::Registers(index, err);
             let fd = vcpu.lock();
-            let cpuid = cpuid::for_vcpu(&self.cpuid, topology, index);
+            let cpuid = cpuid::for_vcpu(&self.cpuid, topology, index)?;
             fd.set_cpuid2(&cpuid).map_err(|err| crate::kvm::failed("KVM_SET_CPUID2")(err))?;
             regs::set_common(&fd).map_err(failed)?;
             if index == 0 {

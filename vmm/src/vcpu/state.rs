@@ -174,7 +174,7 @@ mod tests {
         let vm = Vm::new(kvm, &ram).unwrap();
         let vcpu = Vcpu::new(&vm, index).unwrap();
         let topology = Topology { vcpus: 2, tsc_deadline: vm.has_tsc_deadline_timer() };
-        vcpu.lock().set_cpuid2(&cpuid::for_vcpu(&supported, topology, index)).unwrap();
+        vcpu.lock().set_cpuid2(&cpuid::for_vcpu(&supported, topology, index).unwrap()).unwrap();
         regs::set_common(&vcpu.lock()).unwrap();
         VcpuPart::new(vcpu, vm.msr_indices().unwrap().into())
     }
