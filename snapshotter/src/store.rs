@@ -282,13 +282,17 @@ impl Store {
         })
     }
 
-    /// Records that a snapshot needs a blob.
-    pub fn hold_blob(&self, digest: &str, number: u64) -> Result<()> {
+    /// Records that these snapshots need these blobs.
+    pub fn hold_blobs(&self, digests: &[String], numbers: &[u64]) -> Result<()> {
         self.write(|tables| {
-            if tables.numbers.get(number)?.is_none() {
-                return Err(Error::not_found(format!("snapshot {number} is gone")));
+            for number in numbers {
+                if tables.numbers.get(number)?.is_none() {
+                    return Err(Error::not_found(format!("snapshot {number} is gone")));
+                }
+                for digest in digests {
+                    tables.blobs.insert((digest.as_str(), *number), ())?;
+                }
             }
-            tables.blobs.insert((digest, number), ())?;
             Ok(())
         })
     }

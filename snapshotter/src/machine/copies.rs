@@ -13,23 +13,11 @@ use crate::daemon::Daemon;
 use crate::error::{Context, Error, Kind as ErrorKind, Result};
 use crate::layout;
 
-/// Makes sure that a blob is here and that these snapshots hold it; `field` names it in errors (`kernel.ref`).
-pub async fn keep(
-    daemon: &Arc<Daemon>,
-    scope: &Scope,
-    field: &str,
-    digest: Digest,
-    holders: &[u64],
-) -> Result<PathBuf> {
+/// Makes sure that a blob is here, which its snapshot holds already: a cleanup takes away what nobody holds. `field`
+/// names it in errors (`kernel.ref`).
+pub async fn keep(daemon: &Arc<Daemon>, scope: &Scope, field: &str, digest: Digest) -> Result<PathBuf> {
     let path = daemon.layout.blobs().join(digest.hex());
     let _alone = daemon.keyed.lock(format!("blob {digest}")).await;
-    let holders = holders.to_vec();
-    // Held before it is there, or a cleanup in between would take it away again.
-    daemon
-        .blocking(move |daemon| {
-            holders.iter().try_for_each(|number| daemon.store.hold_blob(&digest.to_string(), *number))
-        })
-        .await?;
     if path.exists() {
         return Ok(path);
     }

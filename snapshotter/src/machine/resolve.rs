@@ -118,11 +118,13 @@ pub async fn prepare(
 async fn boot_files(daemon: &Arc<Daemon>, scope: &Scope, chain: &Chain, plan: &Plan) -> Result<[Option<PathBuf>; 2]> {
     let mut holders = vec![chain.record.number];
     holders.extend(chain.parents.first().map(|parent| parent.number));
-    let mut boot = [None, None];
     let wanted = [("kernel.ref", plan.kernel), ("initrd.ref", plan.initrd)];
+    let digests: Vec<_> = wanted.iter().filter_map(|(_, digest)| digest.map(|digest| digest.to_string())).collect();
+    daemon.blocking(move |daemon| daemon.store.hold_blobs(&digests, &holders)).await?;
+    let mut boot = [None, None];
     for (place, (field, digest)) in boot.iter_mut().zip(wanted) {
         if let Some(digest) = digest {
-            *place = Some(copies::keep(daemon, scope, field, digest, &holders).await?);
+            *place = Some(copies::keep(daemon, scope, field, digest).await?);
         }
     }
     Ok(boot)

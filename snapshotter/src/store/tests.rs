@@ -148,8 +148,7 @@ fn blobs_are_needed_as_long_as_a_snapshot_holds_them() {
     let (_dir, store) = store();
     let number = store.create(&new(Kind::Active, "x", ""), |_| Ok(())).unwrap().record.number;
     let other = store.create(&new(Kind::Active, "y", ""), |_| Ok(())).unwrap().record.number;
-    store.hold_blob("sha256:aa", number).unwrap();
-    store.hold_blob("sha256:aa", other).unwrap();
+    store.hold_blobs(&["sha256:aa".into()], &[number, other]).unwrap();
     let needed = |digest: &str| store.with_known(|_, needed| Ok(needed(digest))).unwrap();
 
     assert!(needed("sha256:aa") && !needed("sha256:bb"));
@@ -157,7 +156,7 @@ fn blobs_are_needed_as_long_as_a_snapshot_holds_them() {
     assert!(needed("sha256:aa"));
     store.remove("y").unwrap();
     assert!(!needed("sha256:aa"));
-    assert_eq!(store.hold_blob("sha256:aa", number).unwrap_err().kind(), ErrorKind::NotFound);
+    assert_eq!(store.hold_blobs(&["sha256:aa".into()], &[number]).unwrap_err().kind(), ErrorKind::NotFound);
 }
 
 #[test]
