@@ -209,9 +209,9 @@ fn build(inner: &Inner, packet: Packet, report: Report, vmm: &Path, oom_score_ad
     // The VMM has its own copies now: the lock on the disk and the ends of the console live and die with them.
     drop(packet);
     inner.step("configuration sent");
-    report.read(vmm)?;
     inner.cgroup.join(inner.process.id().pid)?;
     inner.step("in its cgroup");
+    report.read(vmm)?;
     if let Some(adjustment) = oom_score_adj {
         adjust_oom_score(inner, adjustment);
     }

@@ -196,8 +196,9 @@ impl Monitor {
                     return Err("a second first exit");
                 }
                 inner.vmm_steps(vec![("first exit".into(), micros)]);
-                let micros =
-                    inner.timeline().iter().find(|(name, _)| name == "vmm first exit").map_or(0, |(_, at)| *at);
+                let timeline = inner.timeline();
+                let micros = timeline.iter().find(|(name, _)| name == "vmm first exit").map_or(0, |(_, at)| *at);
+                tracing::info!(id = inner.id, ?timeline, "the guest lives");
                 inner.tell(&MachineEvent::FirstExit { micros });
                 inner.save();
             }

@@ -1,5 +1,5 @@
 //! The record of a machine on disk: `<runtime>/machines/<namespace>/<id>/record.json`, written before the VMM is spawned
-//! and at every change of state (tmp → rename), so that whoever finds it can end and remove the machine.
+//! and at every change of state (a temporary file takes its place), so that whoever finds it can end and remove the machine.
 
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Write};
@@ -7,6 +7,8 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use nix::errno::Errno;
+use nix::fcntl::{renameat2, RenameFlags, AT_FDCWD};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Kind, Result};
@@ -155,8 +157,16 @@ fn write(dir: &Path, record: &Record) -> io::Result<()> {
     let tmp = dir.join(RECORD_TMP);
     let mut file = File::options().write(true).create(true).truncate(true).mode(0o600).open(&tmp)?;
     file.write_all(&serde_json::to_vec(record)?)?;
-    // Not synced: no machine outlives the host's own end, and up to then the page cache keeps what was written.
-    fs::rename(&tmp, dir.join(RECORD))
+    // Not synced: no machine outlives the host's own end, and up to then the page cache keeps what was written. And
+    // exchanged, not replaced: where the runtime directory is on a disk, file systems sync a file that replaces another
+    // (ext4's auto_da_alloc: 14 ms in every start).
+    let record = dir.join(RECORD);
+    match renameat2(AT_FDCWD, &tmp, AT_FDCWD, &record, RenameFlags::RENAME_EXCHANGE) {
+        Ok(()) => fs::remove_file(&tmp),
+        // The first record, or a file system that cannot exchange.
+        Err(Errno::ENOENT | Errno::EINVAL) => fs::rename(&tmp, record),
+        Err(errno) => Err(errno.into()),
+    }
 }
 
 /// Reads a record; `None` if there is no such machine, or none that came as far as having one.

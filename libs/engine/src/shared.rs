@@ -62,6 +62,8 @@ pub(crate) struct Shared {
     pub(crate) answers: BTreeMap<u64, std::result::Result<Answer, String>>,
     pub(crate) exit: Option<ExitInfo>,
     timeline: Vec<(String, u64)>,
+    /// When the VMM's program began, in microseconds.
+    program: Option<u64>,
 }
 
 /// What a machine has on the host beside its process and its cgroup.
@@ -133,6 +135,7 @@ impl Inner {
             answers: BTreeMap::new(),
             exit: None,
             timeline: parts.timeline,
+            program: None,
         };
         Self {
             id: parts.remains.record.id.clone(),
@@ -196,11 +199,15 @@ impl Inner {
         self.shared().timeline.push((name.to_owned(), now));
     }
 
-    /// Notes the VMM's own steps, which count from its birth.
+    /// Notes the VMM's own steps, which count from the beginning of its program. That lies between its birth and now; what
+    /// is known best of it is that the last of the first steps came just now.
     pub(crate) fn vmm_steps(&self, steps: Vec<(String, u64)>) {
+        let now = micros(self.began.elapsed());
         let shared = &mut self.shared();
-        let birth = shared.timeline.iter().find(|(name, _)| name == SPAWNED).map_or(0, |(_, at)| *at);
-        shared.timeline.extend(steps.into_iter().map(|(name, at)| (format!("vmm {name}"), birth.saturating_add(at))));
+        let spawned = shared.timeline.iter().find(|(name, _)| name == SPAWNED).map_or(0, |(_, at)| *at);
+        let last = steps.last().map_or(0, |(_, at)| *at);
+        let program = *shared.program.get_or_insert(now.saturating_sub(last).max(spawned));
+        shared.timeline.extend(steps.into_iter().map(|(name, at)| (format!("vmm {name}"), program.saturating_add(at))));
     }
 
     /// The steps in order of time.
