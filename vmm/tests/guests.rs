@@ -132,7 +132,7 @@ fn first_exit_is_reported_before_the_end() {
 #[test]
 #[ignore = "needs /dev/kvm"]
 fn processors_come_up_by_init_and_sipi() {
-    for cpus in [1, 2, 4] {
+    for cpus in [1, 2, 4, 32] {
         let (reason, said, _) = run(Setup::new(guest("smp")).vcpus(cpus).args(&format!("cpus={cpus}")));
         assert_eq!((reason, said), (ExitReason::PowerOff, format!("cpus {cpus}\n")));
     }
