@@ -41,15 +41,12 @@ HOST_PACKAGES = (
     "zstd",
 )
 
-#: Hooks that would only slow the bootstrap down: the nested host boots with an initrd of ours.
-_NO_INITRAMFS = "--dpkgopt=path-exclude=/usr/share/doc/*"
-
 
 def _mmdebstrap(packages: tuple[str, ...], target: Path) -> None:
     subprocess.run(
         ["mmdebstrap", "--quiet", "--variant=minbase", "--mode=root", "--format=directory",
          f"--include={','.join(packages)}",
-         _NO_INITRAMFS,
+         "--dpkgopt=path-exclude=/usr/share/doc/*",
          "--dpkgopt=path-exclude=/usr/share/man/*",
          "--dpkgopt=path-exclude=/usr/share/locale/*",
          "--aptopt=Acquire::Retries \"3\"",
@@ -63,7 +60,7 @@ def ext4_image(tree: Path, image: Path, size: str, label: str) -> None:
     subprocess.run(
         ["mke2fs", "-q", "-t", "ext4", "-L", label, "-E", "lazy_itable_init=1,lazy_journal_init=1",
          "-d", str(tree), str(image), size],
-        check=True,
+        check=True, stdout=subprocess.DEVNULL,
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import shutil
 from pathlib import Path
 
 from e2e.harness import oci, process
@@ -168,6 +170,37 @@ def commit_of_a_disk_gives_a_block_diff(bed: Bed) -> None:
     process.run(["qemu-img", "convert", "-O", "raw", bed.dir / "ovm/disk.qcow2", raw])
     pattern = bytes((i * 7 + 3) & 0xFF for i in range(512))
     check(raw.read_bytes()[:512] == pattern, "the layer does not hold what the guest wrote")
+
+
+@case(guests=("native",))
+def committed_disk_runs_again(bed: Bed) -> None:
+    """The diff of a machine's disk, put on top of its image as one more layer, applies and boots with the write in it."""
+    image = bed.import_vm("disk")
+    bed.vm(image, "vm", "--annotation", "io.ovms.kernel-args=sector=0")
+    layer = bed.dir / "layer.tar.gz"
+    with open(layer, "wb") as out:
+        child = process.spawn(bed.containerd.argv("snapshots", "--snapshotter", "ovms", "diff", "vm"), stdout=out, env=None)
+        check(child.wait(60) == 0, "ctr snapshots diff failed")
+
+    committed = bed.import_for_ovms(_with_layer(bed.guests.layout("disk"), layer.read_bytes(), bed.dir / "committed"))
+    console = bed.vm(committed, "vm2", "--rm").out
+
+    check(DIFF_LINE not in console, "the second guest reads what the first one has overwritten")
+    # Bytes 7 to 14 of the pattern that the guest writes.
+    contains(console, "4;BIPW^e", "the second guest's console")
+
+
+def _with_layer(layout: Path, blob: bytes, to: Path) -> Path:
+    """A copy of an image with one more gzipped layer, as a commit makes it."""
+    image = json.loads(json.dumps(_manifest_of(layout)))
+    config = json.loads((layout / "blobs/sha256" / image["config"]["digest"].removeprefix("sha256:")).read_text())
+    config["rootfs"]["diff_ids"].append(oci.digest(gzip.decompress(blob)))
+    shutil.copytree(layout, to)
+    written = oci.Layout(to)
+    image["config"] = written.json(config, oci.CONFIG)
+    image["layers"].append(written.blob(blob, oci.LAYER_GZIP))
+    written.manifest(image, "localhost/committed:1")
+    return to
 
 
 def push_with_oras(bed: Bed, name: str, *, format_annotation: bool = True, config: bool = True) -> str:
