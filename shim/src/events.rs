@@ -12,7 +12,7 @@ use containerd_shim_protos::protobuf::well_known_types::timestamp::Timestamp;
 use containerd_shim_protos::protobuf::{Message, MessageField};
 use containerd_shim_protos::shim::event::Envelope;
 use containerd_shim_protos::shim_async::{Client, EventsClient};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tracing::{debug, warn};
 use ttrpc::asynchronous::transport::Socket;
 use ttrpc::context;
@@ -90,23 +90,40 @@ pub fn timestamp(at: SystemTime) -> Timestamp {
     }
 }
 
+/// What is in the queue.
+pub enum Item {
+    /// An event and when it happened.
+    Event(SystemTime, Event),
+    /// Everything before this has been delivered or dropped.
+    Mark(oneshot::Sender<()>),
+}
+
 /// The near end of the queue.
 #[derive(Clone)]
 pub struct Events {
-    queue: mpsc::Sender<(SystemTime, Event)>,
+    queue: mpsc::Sender<Item>,
 }
 
 impl Events {
     /// A queue and its far end.
-    pub fn queue() -> (Self, mpsc::Receiver<(SystemTime, Event)>) {
+    pub fn queue() -> (Self, mpsc::Receiver<Item>) {
         let (queue, receiver) = mpsc::channel(QUEUE);
         (Self { queue }, receiver)
     }
 
     /// Appends an event; never waits.
     pub fn publish(&self, event: Event) {
-        if let Err(mpsc::error::TrySendError::Full((_, event))) = self.queue.try_send((SystemTime::now(), event)) {
+        let item = Item::Event(SystemTime::now(), event);
+        if let Err(mpsc::error::TrySendError::Full(Item::Event(_, event))) = self.queue.try_send(item) {
             warn!(topic = event.topic(), "containerd takes no events: one is dropped");
+        }
+    }
+
+    /// Waits until all events so far are delivered or dropped.
+    pub async fn flush(&self) {
+        let (mark, passed) = oneshot::channel();
+        if self.queue.send(Item::Mark(mark)).await.is_ok() {
+            let _ = passed.await;
         }
     }
 }
@@ -154,29 +171,38 @@ impl Transport for Containerd {
 }
 
 /// Forwards events until the last near end is gone and the queue is empty.
-pub async fn forward(namespace: String, mut queue: mpsc::Receiver<(SystemTime, Event)>, mut transport: impl Transport) {
-    while let Some((at, event)) = queue.recv().await {
-        let envelope = Envelope {
-            timestamp: MessageField::some(timestamp(at)),
-            namespace: namespace.clone(),
-            topic: event.topic().into(),
-            event: MessageField::some(event.any()),
-            ..Default::default()
-        };
-        let mut pause = PAUSES.0;
-        loop {
-            let error = match transport.forward(envelope.clone()).await {
-                Ok(()) => break,
-                Err(error) => error,
-            };
-            if at.elapsed().is_ok_and(|age| age > GIVE_UP) {
-                warn!(topic = event.topic(), %error, "containerd has not taken an event for five minutes: dropped");
-                break;
-            }
-            debug!(topic = event.topic(), %error, "containerd does not take an event: trying again");
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(PAUSES.1);
+pub async fn forward(namespace: String, mut queue: mpsc::Receiver<Item>, mut transport: impl Transport) {
+    while let Some(item) = queue.recv().await {
+        match item {
+            Item::Event(at, event) => deliver(&namespace, at, &event, &mut transport).await,
+            // Who waits for it may have given up.
+            Item::Mark(mark) => drop(mark.send(())),
         }
+    }
+}
+
+/// Tries until it is taken or too old.
+async fn deliver(namespace: &str, at: SystemTime, event: &Event, transport: &mut impl Transport) {
+    let envelope = Envelope {
+        timestamp: MessageField::some(timestamp(at)),
+        namespace: namespace.to_owned(),
+        topic: event.topic().into(),
+        event: MessageField::some(event.any()),
+        ..Default::default()
+    };
+    let mut pause = PAUSES.0;
+    loop {
+        let error = match transport.forward(envelope.clone()).await {
+            Ok(()) => return,
+            Err(error) => error,
+        };
+        if at.elapsed().is_ok_and(|age| age > GIVE_UP) {
+            warn!(topic = event.topic(), %error, "containerd has not taken an event for five minutes: dropped");
+            return;
+        }
+        debug!(topic = event.topic(), %error, "containerd does not take an event: trying again");
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(PAUSES.1);
     }
 }
 

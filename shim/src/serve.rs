@@ -23,6 +23,8 @@ use crate::{log, sys};
 
 /// How long the last events may take to be delivered.
 const LAST_EVENTS: Duration = Duration::from_secs(5);
+/// How long the last answer may take.
+const LAST_ANSWER: Duration = Duration::from_millis(200);
 /// How long a thread without work lives: an idle shim has none.
 const IDLE: Duration = Duration::from_secs(2);
 
@@ -57,7 +59,7 @@ async fn run(args: &Args, maker: Arc<dyn Maker>) -> Result<()> {
         .map_err(|e| Error::caused("standard input is no listening socket", e))?;
     let (events, queue) = Events::queue();
     let address = env::var("TTRPC_ADDRESS").unwrap_or_default();
-    let forwarder = tokio::spawn(events::forward(args.namespace.clone(), queue, Containerd::new(&address)));
+    tokio::spawn(events::forward(args.namespace.clone(), queue, Containerd::new(&address)));
     let ended = Arc::new(Notify::new());
     let tasks = Arc::new(Tasks::new(Setup { namespace: args.namespace.clone(), maker, events, ended: ended.clone() }));
     let mut server = Server::new().add_listener(listener).register_service(Service::table(&tasks));
@@ -67,17 +69,15 @@ async fn run(args: &Args, maker: Arc<dyn Maker>) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate()).map_err(|e| Error::caused("cannot catch SIGTERM", e))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(|e| Error::caused("cannot catch SIGINT", e))?;
     tokio::select! {
-        () = ended.notified() => {}
+        () = ended.notified() => tasks.close().await,
         _ = terminate.recv() => tasks.end_all().await,
         _ = interrupt.recv() => tasks.end_all().await,
     }
-    // The answer to Shutdown is on its way: this waits for open connections.
-    let _ = tokio::time::timeout(Duration::from_secs(1), server.shutdown()).await;
-    drop(server);
-    drop(tasks);
-    if tokio::time::timeout(LAST_EVENTS, forwarder).await.is_err() {
+    if tokio::time::timeout(LAST_EVENTS, tasks.flush()).await.is_err() {
         warn!("containerd has not taken the last events");
     }
+    // The answer to Shutdown is on its way: this waits for open connections.
+    let _ = tokio::time::timeout(LAST_ANSWER, server.shutdown()).await;
     info!(id = args.id, "the shim ends");
     Ok(())
 }

@@ -76,6 +76,7 @@ impl Tasks {
         let progress = |step: &str| info!(id = request.id, "{step}");
         let image = self.maker.resolve(&self.namespace, &request.id, &source, &progress)?;
         check_args(&plan.args, &image.args)?;
+        let _making = self.begin()?;
         let (streams, console) = Streams::open(&request.stdio, &self.namespace, &request.id)?;
         let hooks = plan.hooks.clone();
         let spec = spec_of(plan, request, &self.namespace, console);
@@ -88,12 +89,31 @@ impl Tasks {
             hooks,
             streams,
         ));
-        if let Err(error) = container.hooks.create_runtime(&container.id, container.pid) {
+        let hooked = container.hooks.create_runtime(&container.id, container.pid);
+        if let Err(error) = hooked.and_then(|()| self.still_open()) {
             undo(&container);
             return Err(error);
         }
         self.events.publish(created(request, container.pid));
         Ok(container)
+    }
+
+    /// From here on something is left on the host until the machine is made or undone.
+    fn begin(&self) -> Result<Begun<'_>> {
+        self.still_open()?;
+        self.making.send_modify(|making| making.count += 1);
+        let begun = Begun(self);
+        // It may have been closed in between; then nobody waits for this one.
+        self.still_open()?;
+        Ok(begun)
+    }
+
+    /// An error once the shim ends.
+    fn still_open(&self) -> Result<()> {
+        if self.making.borrow().closed {
+            return Err(Error::new(Kind::Unavailable, "the shim ends: containerd has given up this container"));
+        }
+        Ok(())
     }
 
     /// Takes a name, or says that it is taken.
@@ -104,6 +124,15 @@ impl Tasks {
         }
         map.insert(id.to_owned(), Slot::Creating);
         Ok(Reserved { tasks: self.clone(), id: id.to_owned(), filled: false })
+    }
+}
+
+/// Counts a machine that is being made.
+struct Begun<'a>(&'a Tasks);
+
+impl Drop for Begun<'_> {
+    fn drop(&mut self) {
+        self.0.making.send_modify(|making| making.count -= 1);
     }
 }
 

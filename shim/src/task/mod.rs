@@ -27,7 +27,7 @@ mod wait;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use tokio::sync::Notify;
+use tokio::sync::{watch, Notify};
 use tracing::error;
 
 use self::container::Container;
@@ -55,6 +55,16 @@ pub struct Tasks {
     containers: Mutex<HashMap<String, Slot>>,
     /// Told when the shim should end.
     ended: Arc<Notify>,
+    making: watch::Sender<Making>,
+}
+
+/// Whether machines are being made, and whether more may be.
+#[derive(Default)]
+struct Making {
+    /// The shim ends: no more.
+    closed: bool,
+    /// How many are between their first trace on the host and their place in the map.
+    count: usize,
 }
 
 /// What a service is made of.
@@ -73,7 +83,7 @@ impl Tasks {
     /// A service without containers.
     pub fn new(setup: Setup) -> Self {
         let Setup { namespace, maker, events, ended } = setup;
-        Self { namespace, maker, events, containers: Mutex::default(), ended }
+        Self { namespace, maker, events, containers: Mutex::default(), ended, making: watch::Sender::default() }
     }
 
     /// The map, for a look-up.
@@ -108,16 +118,29 @@ impl Tasks {
         }
     }
 
+    /// Lets no more machines be made and waits for those that are: they are undone. A Create that still resolves its
+    /// image has left no trace and is not waited for.
+    pub async fn close(&self) {
+        self.making.send_modify(|making| making.closed = true);
+        // The sender lives as long as this.
+        let _ = self.making.subscribe().wait_for(|making| making.count == 0).await;
+    }
+
     /// Ends every machine by force and waits until all is cleaned up: for the signal that ends the shim.
     pub async fn end_all(&self) {
+        self.close().await;
         let ids: Vec<String> = self.map().keys().cloned().collect();
         for id in ids {
-            if let Ok(container) = self.get(&id) {
-                if let Err(error) = container.end_and_free().await {
-                    error!(id, error = error.chain(), "cannot clean up a container");
-                }
+            let Ok(container) = self.get(&id) else { continue };
+            if let Err(error) = container.end_and_free().await {
+                error!(id, error = error.chain(), "cannot clean up a container");
             }
         }
+    }
+
+    /// Delivers all events so far.
+    pub async fn flush(&self) {
+        self.events.flush().await;
     }
 }
 

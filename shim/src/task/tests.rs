@@ -1,6 +1,6 @@
 use std::fs;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use containerd_shim_protos::types::mount::Mount;
 use serde_json::{json, Value};
@@ -9,13 +9,13 @@ use tokio::sync::{mpsc, Notify};
 
 use super::stub::{Stub, PID};
 use super::*;
-use crate::events::Event;
+use crate::events::Item;
 use crate::stdio::Stdio;
 
 struct Bed {
     tasks: Arc<Tasks>,
     stub: Stub,
-    events: mpsc::Receiver<(SystemTime, Event)>,
+    events: mpsc::Receiver<Item>,
     ended: Arc<Notify>,
     dir: TempDir,
 }
@@ -49,7 +49,11 @@ impl Bed {
     }
 
     fn topics(&mut self) -> Vec<&'static str> {
-        std::iter::from_fn(|| self.events.try_recv().ok()).map(|(_, event)| event.topic()).collect()
+        let topic = |item| match item {
+            Item::Event(_, event) => event.topic(),
+            Item::Mark(_) => "mark",
+        };
+        std::iter::from_fn(|| self.events.try_recv().ok()).map(topic).collect()
     }
 }
 
@@ -299,4 +303,30 @@ async fn end_all_kills_and_frees() {
     bed.tasks.start("vm1", "").await.unwrap();
     bed.tasks.end_all().await;
     assert_eq!(bed.stub.asked()[1..], ["start", "Kill", "delete"]);
+}
+
+#[tokio::test]
+async fn a_create_that_containerd_has_given_up_leaves_nothing() {
+    let mut bed = bed();
+    bed.tasks.close().await;
+    let err = bed.tasks.create(bed.request(|_| ())).await.unwrap_err();
+    assert_eq!(err.kind(), Kind::Unavailable);
+    assert!(bed.stub.asked().is_empty());
+    assert!(bed.topics().is_empty());
+}
+
+#[tokio::test]
+async fn close_waits_for_a_machine_that_is_being_made_and_has_it_undone() {
+    let bed = bed();
+    let request = bed.request(|spec| {
+        spec["hooks"] = json!({"createRuntime": [{"path": "/bin/sleep", "args": ["sleep", "0.3"]}]});
+    });
+    let tasks = bed.tasks.clone();
+    let creating = tokio::spawn(async move { tasks.create(request).await });
+    while bed.stub.asked().is_empty() {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    bed.tasks.close().await;
+    assert_eq!(bed.stub.asked(), ["create /snapshots/7/bundle.json", "Kill", "delete"]);
+    assert_eq!(creating.await.unwrap().unwrap_err().kind(), Kind::Unavailable);
 }
