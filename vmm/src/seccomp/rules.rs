@@ -36,14 +36,9 @@ const EVERY_THREAD: &[i64] = &[
 
 /// The owner waits for packets, wakes vCPUs by signal, and joins threads.
 const MAIN: &[i64] = &[
-    libc::SYS_clock_nanosleep,
-    libc::SYS_epoll_ctl,
-    libc::SYS_epoll_wait,
     libc::SYS_poll,
-    libc::SYS_ppoll,
     libc::SYS_recvmsg,
     libc::SYS_sendmsg,
-    libc::SYS_shutdown,
     libc::SYS_tgkill,
     // Freezing and flushing disks.
     libc::SYS_fallocate,
@@ -56,17 +51,15 @@ const MAIN: &[i64] = &[
     libc::SYS_statx,
 ];
 
-/// A vCPU wakes others and stops when it is told.
-const VCPU: &[i64] = &[libc::SYS_tgkill, libc::SYS_sendmsg];
+/// A vCPU asks for nothing that not every thread may.
+const VCPU: &[i64] = &[];
 
 /// Block I/O (see `ovms_disk::Stack`).
 const BLOCK: &[i64] = &[
-    libc::SYS_epoll_wait,
     libc::SYS_fallocate,
     libc::SYS_fdatasync,
     libc::SYS_ftruncate,
     libc::SYS_poll,
-    libc::SYS_ppoll,
     libc::SYS_pread64,
     libc::SYS_preadv,
     libc::SYS_pwrite64,
@@ -74,15 +67,7 @@ const BLOCK: &[i64] = &[
 ];
 
 /// Console input and output, entropy, and memory given back by the balloon.
-const CONSOLE: &[i64] = &[
-    libc::SYS_epoll_wait,
-    libc::SYS_fallocate,
-    libc::SYS_getrandom,
-    libc::SYS_poll,
-    libc::SYS_ppoll,
-    libc::SYS_readv,
-    libc::SYS_statx,
-];
+const CONSOLE: &[i64] = &[libc::SYS_fallocate, libc::SYS_getrandom, libc::SYS_poll, libc::SYS_statx];
 
 /// Reading kernel and initrd into guest memory, beside what the owner does anyway.
 const LOADER: &[i64] = &[libc::SYS_lseek];
