@@ -124,6 +124,8 @@ fn run(args: Args) -> Result<()> {
             *setting = path;
         }
     }
+    // What the daemon makes is its own; whatever others may see gets its mode by name.
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
     let sockets = Sockets::open(&settings.paths.snapshotter_socket, &settings.paths.bundle_socket)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -132,7 +134,8 @@ fn run(args: Args) -> Result<()> {
         .build()
         .context(|| "cannot start the runtime")?;
     let served = runtime.block_on(serve(sockets, root, settings));
-    runtime.shutdown_timeout(GRACE);
+    // Requests have had their time; only work that nobody waits for is left, and it starts again.
+    runtime.shutdown_timeout(Duration::from_secs(1));
     served
 }
 
