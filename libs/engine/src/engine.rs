@@ -226,7 +226,7 @@ fn build(inner: &Inner, packet: Packet, report: Report, vmm: &Path, oom_score_ad
     match built {
         Some(Ok(())) => (),
         Some(Err(message)) => {
-            return Err(Error::new(Kind::FailedPrecondition, "the VMM cannot build the machine").because(message))
+            return Err(Error::new(Kind::InvalidArgument, "the VMM cannot build the machine").because(message))
         }
         None => {
             let message = format!("the VMM did not build the machine within {} s and was killed", CONFIGURE.as_secs());

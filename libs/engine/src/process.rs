@@ -253,4 +253,38 @@ mod tests {
         assert!(err.to_string().contains("/no/such/vmm"), "{err}");
         assert!(err.to_string().contains("paths.vmm"), "{err}");
     }
+
+    /// A host may mount version 2 beside version 1 (without controllers): enough to be born in one of its cgroups.
+    #[test]
+    #[ignore = "needs root and a cgroup2 mount"]
+    fn on_cgroup_v2_a_vmm_is_born_in_its_cgroup() {
+        let mountinfo = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let line = mountinfo.lines().find(|line| line.contains(" - cgroup2 ")).expect("a cgroup2 mount");
+        let cgroup = Path::new(line.split(' ').nth(4).unwrap()).join(format!("ovms-test-{}", std::process::id()));
+        fs::create_dir(&cgroup).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let program = dir.path().join("vmm");
+        fs::write(&program, "#!/bin/sh\nexec sleep 60\n").unwrap();
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+        let open = File::open(&cgroup).unwrap();
+        let null = || File::options().write(true).open("/dev/null").unwrap().into();
+
+        let (process, report) = Process::spawn(Cradle {
+            program: &program,
+            id: "vm1",
+            control: null(),
+            log: null(),
+            joins_netns: false,
+            cgroup: Some(open.as_fd()),
+        })
+        .unwrap();
+        report.read(&program).unwrap();
+        let inside = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap();
+        process.kill().unwrap();
+        let status = process.reap();
+        fs::remove_dir(&cgroup).unwrap();
+
+        assert_eq!(inside.trim(), process.id().pid.to_string());
+        assert!(matches!(status, Some(WaitStatus::Signaled(_, Signal::SIGKILL, _))), "{status:?}");
+    }
 }

@@ -42,7 +42,8 @@ pub struct CreateSpec {
 
 /// The ends of the machine's serial console. The engine hands them to the VMM and keeps none, so a reader sees the end
 /// of the stream when the VMM is gone. They should not be shared with anyone who minds `O_NONBLOCK` (the flag belongs
-/// to the open file, not to the descriptor): pass pipes, fifos or a pty of your own, never the user's terminal.
+/// to the open file, not to the descriptor): pass pipes, fifos or a pty of your own, never the user's terminal; nor a
+/// plain file, which would meet the VMM's `RLIMIT_FSIZE`.
 #[derive(Debug, Default)]
 pub struct Stdio {
     /// What the guest reads.

@@ -238,6 +238,38 @@ fn two_machines_have_two_users_and_one_name_is_one_machine() {
 
 #[test]
 #[ignore = "needs /dev/kvm and root"]
+fn many_machines_at_once_live_and_leave_side_by_side() {
+    let host = Host::new();
+    let lives: Vec<_> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..20)
+            .map(|_| {
+                scope.spawn(|| {
+                    let (machine, console) = host.run("hello");
+                    let uid = host.engine.load("engine-test", machine.id()).unwrap().uid.unwrap();
+                    let exit = machine.wait_timeout(PATIENCE).unwrap();
+                    assert_eq!((exit.status, console.rest().as_str()), (0, "hello from the guest\n"));
+                    (machine, uid)
+                })
+            })
+            .collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    let mut uids: Vec<_> = lives.iter().map(|(_, uid)| *uid).collect();
+    uids.sort_unstable();
+    uids.dedup();
+    assert_eq!(uids.len(), 20);
+    for (machine, _) in lives {
+        let record = host.engine.load("engine-test", machine.id()).unwrap();
+        machine.delete().unwrap();
+        for dir in &record.cgroup {
+            assert!(!dir.exists(), "{} is left", dir.display());
+        }
+    }
+    assert_eq!(fs::read_dir(host.settings.paths.runtime.join("uids")).unwrap().count(), 0);
+}
+
+#[test]
+#[ignore = "needs /dev/kvm and root"]
 fn what_cannot_be_built_says_why_and_leaves_nothing() {
     let host = Host::new();
     let (mut spec, _console) = host.spec("hello");
@@ -250,6 +282,7 @@ fn what_cannot_be_built_says_why_and_leaves_nothing() {
     let guest = common::root().join("target/guests/hello.elf");
     fs::write(&spec.bundle, record.replace(guest.to_str().unwrap(), kernel.to_str().unwrap())).unwrap();
     let err = host.engine.create(spec).unwrap_err();
+    assert_eq!(err.kind(), Kind::InvalidArgument);
     assert!(err.chain().starts_with("the VMM cannot build the machine: "), "{}", err.chain());
     assert!(err.chain().contains("kernel"), "{}", err.chain());
     assert!(host.engine.list().is_empty());
