@@ -16,7 +16,7 @@ use crate::acpi::{self, AcpiError};
 use crate::boot::{self, BootError, Payload};
 use crate::cpuid::{self, Topology};
 use crate::fds::{FdError, Fds};
-use crate::kvm::{KvmError, SupportedCpuid, Vm};
+use crate::kvm::{failed, KvmError, SupportedCpuid, Vm};
 use crate::mailbox::{Mail, Sender};
 use crate::memory::Ram;
 use crate::report;
@@ -65,9 +65,6 @@ pub struct ThreadStart {
 /// A machine whose processors stand until it is told to run.
 pub struct Machine {
     ram: Ram,
-    vm: Arc<Vm>,
-    /// What processors here can offer.
-    cpuid: CpuId,
     vcpus: Vec<Vcpu>,
     threads: Vec<Thread>,
     shared: Arc<Shared>,
@@ -126,9 +123,9 @@ impl Machine {
             .map_err(BuildError::Threads)?;
         timeline.passed("threads");
         let paused = AtomicBool::new(false);
-        let cpuid = cpuid.wait()?;
+        describe_processors(&vm, &vcpus, &cpuid.wait()?)?;
         timeline.passed("cpuid");
-        Ok(Self { ram, vm, cpuid, vcpus, threads, shared, devices, paused })
+        Ok(Self { ram, vcpus, threads, shared, devices, paused })
     }
 
     /// Gives the machine the state in which it boots `payload`.
@@ -141,17 +138,9 @@ impl Machine {
         timeline.passed("acpi");
         let entry = boot::load(&self.ram, payload, rsdp)?;
         timeline.passed("kernel");
-        let topology = Topology { vcpus: count, tsc_deadline: self.vm.has_tsc_deadline_timer() };
-        for vcpu in &self.vcpus {
-            let index = vcpu.index();
-            let failed = |err| BuildError::Registers(index, err);
-            let fd = vcpu.lock();
-            let cpuid = cpuid::for_vcpu(&self.cpuid, topology, index)?;
-            fd.set_cpuid2(&cpuid).map_err(|err| crate::kvm::failed("KVM_SET_CPUID2")(err))?;
-            regs::set_common(&fd).map_err(failed)?;
-            if index == 0 {
-                regs::set_entry(&fd, &self.ram, entry).map_err(failed)?;
-            }
+        if let Some(first) = self.vcpus.first() {
+            let fd = first.lock();
+            regs::set_entry(&fd, &self.ram, entry).map_err(|err| BuildError::Registers(first.index(), err))?;
         }
         timeline.passed("registers");
         Ok(())
@@ -201,6 +190,18 @@ impl Machine {
     pub fn exits(&self) -> u64 {
         self.threads.iter().map(Thread::exits).sum()
     }
+}
+
+/// Gives each processor what it says about itself and what firmware would have set.
+fn describe_processors(vm: &Vm, vcpus: &[Vcpu], supported: &CpuId) -> Result<(), BuildError> {
+    let topology = Topology { vcpus: vcpus.len() as u8, tsc_deadline: vm.has_tsc_deadline_timer() };
+    for vcpu in vcpus {
+        let cpuid = cpuid::for_vcpu(supported, topology, vcpu.index())?;
+        let fd = vcpu.lock();
+        fd.set_cpuid2(&cpuid).map_err(failed("KVM_SET_CPUID2"))?;
+        regs::set_common(&fd).map_err(|err| BuildError::Registers(vcpu.index(), err))?;
+    }
+    Ok(())
 }
 
 /// Where devices report what ends the machine. The reporting processor stops before its next instruction; the owner

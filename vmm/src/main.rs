@@ -114,9 +114,9 @@ fn start(channel: &Channel, mut timeline: Recorder) -> Result<(Machine, Mailbox,
     timeline.passed("filters");
     let machine = Machine::build(&spec, &mut fds, ram, mail, &thread_start(&filters), &mut timeline)?;
     drop(fds);
-    filters.install(ThreadKind::Loader)?;
-    machine.boot(payload, &mut timeline)?;
     filters.install(ThreadKind::Main)?;
+    timeline.passed("wall");
+    machine.boot(payload, &mut timeline)?;
     Ok((machine, mailbox, timeline))
 }
 

@@ -40,7 +40,8 @@ const MAIN: &[i64] = &[
     libc::SYS_recvmsg,
     libc::SYS_sendmsg,
     libc::SYS_tgkill,
-    // Freezing and flushing disks.
+    // Reading kernel and initrd; freezing and flushing disks.
+    libc::SYS_lseek,
     libc::SYS_fallocate,
     libc::SYS_fdatasync,
     libc::SYS_fstat,
@@ -69,18 +70,12 @@ const BLOCK: &[i64] = &[
 /// Console input and output, entropy, and memory given back by the balloon.
 const CONSOLE: &[i64] = &[libc::SYS_fallocate, libc::SYS_getrandom, libc::SYS_poll, libc::SYS_statx];
 
-/// Reading kernel and initrd into guest memory, beside what the owner does anyway.
-const LOADER: &[i64] = &[libc::SYS_lseek];
-
 // Numbers: the kernel's include/uapi/linux/kvm.h.
-const KVM_CHECK_EXTENSION: u64 = 0xae03;
 const KVM_RUN: u64 = 0xae80;
 const KVM_GET_REGS: u64 = 0x8090_ae81;
 const KVM_SET_REGS: u64 = 0x4090_ae82;
 const KVM_GET_SREGS: u64 = 0x8138_ae83;
 const KVM_SET_SREGS: u64 = 0x4138_ae84;
-const KVM_SET_MSRS: u64 = 0x4008_ae89;
-const KVM_SET_CPUID2: u64 = 0x4008_ae90;
 const KVM_SET_GSI_ROUTING: u64 = 0x4008_ae6a;
 const KVM_IOEVENTFD: u64 = 0x4040_ae79;
 const KVM_SIGNAL_MSI: u64 = 0x4020_aea5;
@@ -88,9 +83,8 @@ const KVM_SIGNAL_MSI: u64 = 0x4020_aea5;
 /// Runs the guest; its writes move interrupt routes and doorbells.
 const VCPU_IOCTLS: &[u64] = &[KVM_RUN, KVM_GET_REGS, KVM_SET_GSI_ROUTING, KVM_IOEVENTFD, KVM_SIGNAL_MSI];
 
-/// Sets the processors up, and interrupts (the power button) once it owns the machine.
-const LOADER_IOCTLS: &[u64] =
-    &[KVM_CHECK_EXTENSION, KVM_SET_REGS, KVM_GET_SREGS, KVM_SET_SREGS, KVM_SET_MSRS, KVM_SET_CPUID2, KVM_SIGNAL_MSI];
+/// Points the boot processor to the kernel's entry, then interrupts (the power button).
+const MAIN_IOCTLS: &[u64] = &[KVM_SET_REGS, KVM_GET_SREGS, KVM_SET_SREGS, KVM_SIGNAL_MSI];
 
 /// Every device may interrupt.
 const DEVICE_IOCTLS: &[u64] = &[KVM_SIGNAL_MSI];
@@ -99,7 +93,7 @@ const DEVICE_IOCTLS: &[u64] = &[KVM_SIGNAL_MSI];
 pub(super) fn of(kind: ThreadKind) -> Result<Rules, BackendError> {
     let mut rules = Rules::new();
     let own = match kind {
-        ThreadKind::Loader | ThreadKind::Main => MAIN,
+        ThreadKind::Main => MAIN,
         ThreadKind::Vcpu => VCPU,
         ThreadKind::Block => BLOCK,
         ThreadKind::Console => CONSOLE,
@@ -111,12 +105,6 @@ pub(super) fn of(kind: ThreadKind) -> Result<Rules, BackendError> {
     rules.insert(libc::SYS_tgkill, one_of(2, &[libc::SIGABRT as u64])?);
     for number in EVERY_THREAD.iter().chain(own) {
         rules.insert(*number, Vec::new());
-    }
-    if kind == ThreadKind::Loader {
-        // What it installs last is the filter it keeps.
-        for number in LOADER.iter().chain(&[libc::SYS_seccomp, libc::SYS_prctl]) {
-            rules.insert(*number, Vec::new());
-        }
     }
     // The standard library asks before each close, in builds with checks, whether the descriptor is open.
     rules.insert(libc::SYS_fcntl, one_of(1, &[libc::F_GETFD as u64])?);
@@ -130,8 +118,8 @@ pub(super) fn of(kind: ThreadKind) -> Result<Rules, BackendError> {
 pub(super) fn ioctls(kind: ThreadKind) -> &'static [u64] {
     match kind {
         ThreadKind::Vcpu => VCPU_IOCTLS,
-        ThreadKind::Loader => LOADER_IOCTLS,
-        ThreadKind::Main | ThreadKind::Block | ThreadKind::Console => DEVICE_IOCTLS,
+        ThreadKind::Main => MAIN_IOCTLS,
+        ThreadKind::Block | ThreadKind::Console => DEVICE_IOCTLS,
     }
 }
 
