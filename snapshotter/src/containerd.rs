@@ -93,13 +93,14 @@ impl Containerd {
             .ok_or_else(|| Error::internal(format!("containerd does not say the size of blob {digest}")))
     }
 
-    /// Opens a blob for a blocking reader.
-    pub async fn read_blob(&self, scope: &Scope, digest: &str) -> Result<BlobReader> {
+    /// Opens a blob for a blocking reader. The reader's stream ends early once the transfer is dropped: whoever is
+    /// cancelled while a thread still reads stops that thread by it.
+    pub async fn read_blob(&self, scope: &Scope, digest: &str) -> Result<(BlobReader, Transfer)> {
         let request = scope.request(ReadContentRequest { digest: digest.into(), offset: 0, size: 0 });
         let answer = self.content().read(request).await.map_err(|status| blob_error(digest, status))?;
         let mut stream = answer.into_inner();
         let (to, from) = mpsc::channel(QUEUE);
-        tokio::spawn(async move {
+        let task = tokio::spawn(async move {
             loop {
                 let message = match stream.message().await {
                     Ok(Some(message)) => Ok(message.data),
@@ -112,7 +113,7 @@ impl Containerd {
                 }
             }
         });
-        Ok(BlobReader { from, data: Bytes::new() })
+        Ok((BlobReader { from, data: Bytes::new() }, Transfer(task.abort_handle())))
     }
 
     /// Reads a small blob whole.
@@ -121,7 +122,7 @@ impl Containerd {
         if size > most {
             return Err(Error::invalid(format!("blob {digest} has {size} bytes where at most {most} make sense")));
         }
-        let reader = self.read_blob(scope, digest).await?;
+        let (reader, _transfer) = self.read_blob(scope, digest).await?;
         let read = tokio::task::spawn_blocking(move || {
             let mut bytes = Vec::new();
             reader.take(most.saturating_add(1)).read_to_end(&mut bytes).map(|_| bytes)
@@ -158,6 +159,16 @@ fn status_error(message: String, status: Status) -> Error {
         _ => Kind::Internal,
     };
     Error::new(kind, message).because(status)
+}
+
+/// Keeps a blob coming as long as it lives.
+#[derive(Debug)]
+pub struct Transfer(tokio::task::AbortHandle);
+
+impl Drop for Transfer {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
 }
 
 /// A blob on its way from containerd, for a thread that may block.

@@ -71,7 +71,7 @@ impl DiffService {
             )));
         }
         if !annotated && !machine_below {
-            let reader = self.0.containerd.read_blob(scope, &descriptor.digest).await?;
+            let (reader, _transfer) = self.0.containerd.read_blob(scope, &descriptor.digest).await?;
             let blob = ordinary::Blob::new(reader, descriptor, compression, &self.0.settings.limits)?;
             let first = chain.parents.is_empty();
             let at = chain.clone();

@@ -35,7 +35,7 @@ pub async fn keep(daemon: &Arc<Daemon>, scope: &Scope, field: &str, digest: Dige
             "{field}: blob {digest} has {size} bytes, more than the {most} allowed (limits.boot_file)"
         )));
     }
-    let reader = daemon.containerd.read_blob(scope, &digest.to_string()).await.map_err(named)?;
+    let (reader, _transfer) = daemon.containerd.read_blob(scope, &digest.to_string()).await.map_err(named)?;
     let to = path.clone();
     let copied = daemon
         .blocking(move |daemon| {

@@ -34,7 +34,7 @@ pub async fn apply(daemon: &Arc<Daemon>, scope: &Scope, of: &Descriptor, chain: 
     let size = u64::try_from(of.size).context_kind(ErrorKind::Invalid, || "the layer has no size")?;
     // The table is merged from that of the layers below.
     finish_parents(daemon, chain, &|_| ()).await?;
-    let mut blob = daemon.containerd.read_blob(scope, &of.digest).await?;
+    let (mut blob, _transfer) = daemon.containerd.read_blob(scope, &of.digest).await?;
     let (reader, mut writer) = io::pipe().context(|| "cannot make a pipe")?;
     let feeder = tokio::task::spawn_blocking(move || io::copy(&mut blob, &mut writer));
     let job = Input {
