@@ -10,6 +10,7 @@ use crate::error::{Context, Error, Result};
 use crate::keyed::Keyed;
 use crate::layout::{self, Layout};
 use crate::mounts::OverlayOptions;
+use crate::progress::Conversions;
 use crate::store::{Chain, Content, Kind, NewSnapshot, Record, Store, Usage};
 use crate::usage;
 
@@ -28,6 +29,8 @@ pub struct Daemon {
     pub settings: Settings,
     /// Work that must not happen twice at once.
     pub keyed: Keyed,
+    /// How far conversions are.
+    pub progress: Conversions,
 }
 
 impl Daemon {
@@ -36,8 +39,15 @@ impl Daemon {
         let layout = Layout::open(root)?;
         let store = Store::open(&layout.store())?;
         let containerd = Containerd::new(&settings.paths.containerd_socket)?;
-        let daemon =
-            Self { layout, store, overlay: OverlayOptions::probe(), containerd, settings, keyed: Keyed::default() };
+        let daemon = Self {
+            layout,
+            store,
+            overlay: OverlayOptions::probe(),
+            containerd,
+            settings,
+            keyed: Keyed::default(),
+            progress: Conversions::default(),
+        };
         daemon.cleanup()?;
         Ok(Arc::new(daemon))
     }

@@ -22,6 +22,7 @@ mod listen;
 mod machine;
 mod mounts;
 mod ordinary;
+mod progress;
 pub mod proto;
 mod snapshots;
 mod store;

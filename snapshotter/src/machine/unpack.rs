@@ -2,11 +2,13 @@
 //! in a committed snapshot ([`finish`]). The formats are parsed by the sandboxed worker of `ovms_bundle`, never here.
 
 use std::fs::{self, File};
+use std::future::Future;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use ovms_artifact::digest::Digest;
 use ovms_artifact::manifest::{DiskFormat, Manifest, MAX_MANIFEST};
@@ -165,7 +167,7 @@ pub async fn finish(daemon: &Arc<Daemon>, number: u64, tell: Tell<'_>) -> Result
 
 /// Converts one snapshot whose parents are ready.
 async fn one(daemon: &Arc<Daemon>, number: u64, tell: Tell<'_>) -> Result<()> {
-    let _alone = daemon.keyed.lock(format!("convert {number}")).await;
+    let _alone = telling(daemon, number, tell, daemon.keyed.lock(format!("convert {number}"))).await;
     let Some(chain) = daemon.blocking(move |daemon| daemon.store.chain_of(number)).await? else {
         return Err(Error::not_found(format!("snapshot {number} is gone")));
     };
@@ -174,7 +176,8 @@ async fn one(daemon: &Arc<Daemon>, number: u64, tell: Tell<'_>) -> Result<()> {
     }
     tell(format!("converting the layer of snapshot {}", chain.key));
     let started = std::time::Instant::now();
-    let result = daemon.blocking(move |daemon| convert(daemon, &chain)).await;
+    let result = telling(daemon, number, tell, daemon.blocking(move |daemon| convert(daemon, &chain))).await;
+    daemon.progress.forget(number);
     let state = match &result {
         Ok(()) => State::Ready,
         Err(err) => State::Failed(err.chain()),
@@ -190,6 +193,17 @@ async fn one(daemon: &Arc<Daemon>, number: u64, tell: Tell<'_>) -> Result<()> {
         Err(err) => tracing::warn!(number, error = err.chain(), "a layer cannot be converted"),
     }
     result
+}
+
+/// Awaits work on a snapshot and says every second how far it is, whoever does it.
+async fn telling<T>(daemon: &Daemon, number: u64, tell: Tell<'_>, work: impl Future<Output = T>) -> T {
+    tokio::pin!(work);
+    loop {
+        match tokio::time::timeout(Duration::from_secs(1), &mut work).await {
+            Ok(done) => return done,
+            Err(_) => tell(daemon.progress.sentence(number)),
+        }
+    }
 }
 
 /// Turns what lies in a committed snapshot into its layer.
@@ -214,7 +228,7 @@ fn convert(daemon: &Daemon, chain: &Chain) -> Result<()> {
     let unpacked = match found {
         Some((format, file)) => {
             let input = Input { name: chain.key.clone(), file, source: Source::Disk { format }, expect: None };
-            run(daemon, input, made.path(), &mut |_| ())?
+            run(daemon, input, made.path(), &mut |step| daemon.progress.note(chain.record.number, step))?
         }
         None => Unpacked { diff_id: None, size: 0, disk: None, descriptor: None },
     };
