@@ -93,7 +93,8 @@ impl Fields {
         let plain = |c: char| c.is_ascii_alphanumeric() || "-._/:@".contains(c);
         // Writing to a String cannot fail.
         let _ = match name {
-            "message" => write!(self.message, "{value}"),
+            // The engine passes the VMM's own lines on as this field, without a message.
+            "message" | "vmm" => write!(self.message, "{value}"),
             _ if !value.is_empty() && value.chars().all(plain) => write!(self.others, " {name}={value}"),
             _ => write!(self.others, " {name}={value:?}"),
         };

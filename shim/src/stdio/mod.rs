@@ -79,8 +79,11 @@ impl Streams {
                 streams.logger = Some(logger);
             }
         }
-        if let Target::Fifo(path) = uri::parse(&stdio.stderr)? {
-            streams.stderr = Some(Fifo::open(&path)?);
+        // With a terminal there is no stderr, whatever name the client sends (nerdctl sends one and makes no fifo).
+        if !stdio.terminal {
+            if let Target::Fifo(path) = uri::parse(&stdio.stderr)? {
+                streams.stderr = Some(Fifo::open(&path)?);
+            }
         }
         Ok((streams, console))
     }

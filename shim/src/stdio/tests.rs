@@ -116,3 +116,15 @@ fn open_a_regular_file_as_fifo_returns_invalid() {
     let stdio = Stdio { stdout: path.display().to_string(), ..Stdio::default() };
     assert_eq!(Streams::open(&stdio, "default", "vm1").unwrap_err().kind(), Kind::Invalid);
 }
+
+#[test]
+fn open_with_a_terminal_does_not_look_for_stderr() {
+    let dir = tempfile::tempdir().unwrap();
+    let stdout = fifo(dir.path(), "out");
+    let stderr = dir.path().join("err").display().to_string();
+    let mut stdio = Stdio { stdout: stdout.display().to_string(), stderr, terminal: true, ..Stdio::default() };
+    Streams::open(&stdio, "default", "vm1").unwrap();
+    stdio.terminal = false;
+    let err = Streams::open(&stdio, "default", "vm1").unwrap_err();
+    assert!(err.chain().contains("/err"), "{}", err.chain());
+}
