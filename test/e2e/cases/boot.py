@@ -26,14 +26,14 @@ def ovm_run_boots_and_passes_the_exit_status(bed: Bed) -> None:
     contains(text, DIFF_LINE, "the guest's console")
 
 
-@case(containerds=())
+@case(containerds=(), guests=("native",))
 def ovm_run_of_a_crash_gives_134(bed: Bed) -> None:
     """A kernel panic is told from a power-off by pvpanic."""
     with _ovm_run(bed, "panic") as session:
         session.wait(status=134)
 
 
-@case(containerds=())
+@case(containerds=(), guests=("native",))
 def ovm_run_takes_input(bed: Bed) -> None:
     """What is typed reaches the guest's serial port and its answer comes back."""
     with _ovm_run(bed, "talk", tty=True) as session:
@@ -62,7 +62,7 @@ def ovm_run_takes_memory_and_cpus(bed: Bed) -> None:
     contains(done.out, "cpus 3", "the guest's console")
 
 
-@case()
+@case(guests=("native",))
 def attached(bed: Bed) -> None:
     """`ctr run --rm` shows the console and exits 0 when the guest powers off."""
     image = bed.import_vm("poweroff")
@@ -84,7 +84,7 @@ def with_a_terminal(bed: Bed) -> None:
         session.wait()
 
 
-@case()
+@case(guests=("native",))
 def with_pipes(bed: Bed) -> None:
     """`ctr run` without a terminal passes its standard input on too."""
     image = bed.import_vm("talk")
@@ -161,7 +161,7 @@ def annotations_set_vcpus_and_memory(bed: Bed) -> None:
     contains(done.out, "cpus 2", "the guest's console")
 
 
-@case()
+@case(guests=("native",))
 def cpu_quota_sets_the_vcpus(bed: Bed) -> None:
     """`--cpus 1.5` gives two virtual CPUs."""
     done = bed.vm(bed.import_vm("cpus"), "vm", "--rm", "--cpus", "1.5", "--annotation", "io.ovms.kernel-args=cpus=2")
@@ -169,7 +169,7 @@ def cpu_quota_sets_the_vcpus(bed: Bed) -> None:
     contains(done.out, "cpus 2", "the guest's console")
 
 
-@case()
+@case(guests=("native",))
 def image_defaults_set_vcpus_and_memory(bed: Bed) -> None:
     """What `ovm build --vcpus --memory` wrote into the image is used when nobody says otherwise."""
     layout = bed.dir / "sized"

@@ -28,7 +28,7 @@ def sigterm_presses_the_power_button(bed: Bed) -> None:
     bed.containerd.delete_task("vm")
 
 
-@case()
+@case(guests=("native",))
 def sigkill_ends_at_once_with_137(bed: Bed) -> None:
     """SIGKILL always works."""
     bed.detached("wait")
@@ -41,7 +41,7 @@ def sigkill_ends_at_once_with_137(bed: Bed) -> None:
     bed.nothing_half_made()
 
 
-@case()
+@case(guests=("native",))
 def a_running_task_is_not_deleted(bed: Bed) -> None:
     """`ctr task delete` of a running machine is refused, and it runs on."""
     bed.detached("wait")
@@ -68,7 +68,7 @@ def pause_stops_the_vcpus(bed: Bed) -> None:
     check(bed.containerd.tasks() == {"vm": "RUNNING"}, f"tasks: {bed.containerd.tasks()}")
 
 
-@case()
+@case(guests=("native",))
 def a_paused_machine_can_be_killed(bed: Bed) -> None:
     """SIGKILL ends a paused machine too."""
     bed.detached("wait")
@@ -109,7 +109,7 @@ def the_task_is_a_process_of_its_own(bed: Bed) -> None:
         check(theirs != ours, f"it shares the host's {namespace} namespace")
 
 
-@case()
+@case(guests=("native",))
 def ps_shows_the_process(bed: Bed) -> None:
     """`ctr task ps` names the task's process."""
     bed.detached("wait")
@@ -119,7 +119,7 @@ def ps_shows_the_process(bed: Bed) -> None:
     contains(text, str(bed.containerd.task_pid("vm")), "ctr task ps")
 
 
-@case()
+@case(guests=("native",))
 def exec_says_that_there_is_no_agent(bed: Bed) -> None:
     """An image without an agent refuses exec in plain words and runs on."""
     bed.detached("wait")
@@ -130,7 +130,7 @@ def exec_says_that_there_is_no_agent(bed: Bed) -> None:
     check(bed.containerd.tasks() == {"vm": "RUNNING"}, f"tasks: {bed.containerd.tasks()}")
 
 
-@case()
+@case(guests=("native",))
 def events_come_in_order(bed: Bed) -> None:
     """containerd publishes create, start, exit and delete of a machine, in this order."""
     image = bed.import_vm("poweroff")
@@ -163,7 +163,7 @@ def machines_survive_a_restart_of_containerd(bed: Bed) -> None:
     bed.nothing_half_made()
 
 
-@case()
+@case(guests=("native",))
 def attach_after_a_restart_of_containerd(bed: Bed) -> None:
     """`ctr task attach` reaches the guest's console, also when containerd was killed and started again meanwhile."""
     bed.vm(bed.import_vm("talk"), "vm", "-d")
@@ -299,7 +299,7 @@ def an_oom_kill_is_told(bed: Bed) -> None:
     check(topics[:2] == ["oom", "exit"], f"the events were {topics}")
 
 
-@case()
+@case(guests=("native",))
 def info_shows_what_containerd_stored(bed: Bed) -> None:
     """`ctr containers info` shows our runtime and snapshotter."""
     bed.detached("wait")

@@ -21,7 +21,7 @@ def busybox_with_overlayfs_and_runc(bed: Bed) -> None:
     check("gone" not in done.out, f"a deleted file is there: {done.out}")
 
 
-@case(vm=False)
+@case(vm=False, guests=("native",))
 def exit_status_of_runc_is_passed_on(bed: Bed) -> None:
     """`ctr run` exits as the container did."""
     bed.plain_containerd.import_layout(bed.ordinary(oci.busybox()))
@@ -44,7 +44,7 @@ def busybox_through_our_snapshotter_with_runc(bed: Bed) -> None:
     check("gone" not in done.out, f"a deleted file is there: {done.out}")
 
 
-@case(vm=False)
+@case(vm=False, guests=("native",))
 def writes_of_two_ordinary_containers_are_apart(bed: Bed) -> None:
     """Two containers of one image through our snapshotter do not see each other's writes."""
     bed.containerd.import_layout(bed.ordinary(oci.busybox()), "--snapshotter", "ovms")
@@ -68,7 +68,7 @@ def pause_through_our_snapshotter_with_runc(bed: Bed) -> None:
     bed.containerd.delete_task("p1", 137)
 
 
-@case(vm=False)
+@case(vm=False, guests=("native",))
 def ordinary_pull_through_our_snapshotter(bed: Bed) -> None:
     """An ordinary image pulled from a registry is unpacked by our snapshotter and differ."""
     ref = bed.registry.push(bed.ordinary(oci.busybox()), "busybox:1")
@@ -79,7 +79,7 @@ def ordinary_pull_through_our_snapshotter(bed: Bed) -> None:
     contains(done.out, "second", "the container's output")
 
 
-@case(vm=False, containerds=("containerd-2.4",))
+@case(vm=False, containerds=("containerd-2.4",), guests=("native",))
 def overlayfs_pull_while_our_daemon_is_stopped(bed: Bed) -> None:
     """With ovms configured but its daemon dead, other snapshotters go on pulling and running."""
     ref = bed.registry.push(bed.ordinary(oci.busybox()), "busybox:1")
@@ -122,7 +122,7 @@ def snapshotter_survives_being_killed(bed: Bed) -> None:
     contains(done.out, "second", "the container's output")
 
 
-@case(vm=False)
+@case(vm=False, guests=("native",))
 def removed_images_leave_no_snapshots(bed: Bed) -> None:
     """Once an image is removed, garbage collection empties our store too."""
     bed.containerd.import_layout(bed.ordinary(oci.busybox()), "--snapshotter", "ovms")

@@ -18,8 +18,8 @@ from .case import CaseFailed, tail
 
 _PR_SET_CHILD_SUBREAPER = 36
 
-#: Children that somebody here waits for; everything else below this process is an orphan for `_reap_orphans`.
-_awaited: set[int] = set()
+#: Children that somebody here waits for; every other child of this process is an orphan for `_reap_orphans`.
+_awaited: dict[int, subprocess.Popen[Any]] = {}
 _spawning = threading.Lock()
 
 
@@ -27,7 +27,7 @@ def spawn(argv: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
     """Starts a child that the caller will wait for."""
     with _spawning:
         child = subprocess.Popen(argv, **options)
-        _awaited.add(child.pid)
+        _awaited[child.pid] = child
     return child
 
 
@@ -165,7 +165,8 @@ def _reap_orphans() -> None:
     while True:
         with _spawning:
             for pid in map(int, children.read_text(encoding="ascii").split()):
-                if pid not in _awaited:
+                # A child that was waited for has left its number to others.
+                if pid not in _awaited or _awaited[pid].returncode is not None:
                     with contextlib.suppress(ChildProcessError):
                         os.waitpid(pid, os.WNOHANG)
         time.sleep(0.02)
