@@ -157,10 +157,9 @@ impl Engine {
     pub fn sweep(&self, namespace: &str) {
         let runtime = &self.settings.paths.runtime;
         for record in self.list().into_iter().filter(|record| record.namespace == namespace) {
-            if !record::is_held(runtime, namespace, &record.id) {
-                if let Err(err) = self.cleanup(namespace, &record.id) {
-                    tracing::warn!(namespace, id = record.id, err = err.chain(), "a machine without an engine stays");
-                }
+            let Some(_lock) = record::take_stale(runtime, namespace, &record.id) else { continue };
+            if let Err(err) = self.cleanup(namespace, &record.id) {
+                tracing::warn!(namespace, id = record.id, err = err.chain(), "a machine without an engine stays");
             }
         }
     }
@@ -171,7 +170,7 @@ impl Engine {
             match Slot::claim(&self.settings.paths.runtime, &spec.namespace, &spec.id)? {
                 Claim::Ours(slot) => return Ok(slot),
                 Claim::Taken => break,
-                Claim::Stale => self.cleanup(&spec.namespace, &spec.id).map(drop)?,
+                Claim::Stale(_lock) => self.cleanup(&spec.namespace, &spec.id).map(drop)?,
             }
         }
         Err(Error::new(Kind::AlreadyExists, format!("there is a machine {}/{} already", spec.namespace, spec.id)))

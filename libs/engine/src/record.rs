@@ -3,7 +3,7 @@
 
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
@@ -86,8 +86,9 @@ pub(crate) enum Claim {
     Ours(Slot),
     /// A living engine has it.
     Taken,
-    /// An engine that is gone had it; its machine must be cleaned up first.
-    Stale,
+    /// An engine that is gone had it; its machine must be cleaned up first, under its lock, or the cleaning could meet
+    /// the next machine of that name.
+    Stale(Option<File>),
 }
 
 impl Slot {
@@ -102,10 +103,10 @@ impl Slot {
             Ok(()) => (),
             Err(err) if err.kind() == io::ErrorKind::AlreadyExists => {
                 return Ok(match lock(&dir) {
-                    Ok(Some(_lock)) => Claim::Stale,
+                    Ok(Some(lock)) => Claim::Stale(Some(lock)),
                     Ok(None) => Claim::Taken,
                     // Made or removed by somebody else at this moment, or left so by one who died in between.
-                    Err(err) if err.kind() == io::ErrorKind::NotFound && is_old(&dir) => Claim::Stale,
+                    Err(err) if err.kind() == io::ErrorKind::NotFound && is_old(&dir) => Claim::Stale(None),
                     Err(err) if err.kind() == io::ErrorKind::NotFound => Claim::Taken,
                     Err(err) => return Err(error()(err)),
                 });
@@ -132,9 +133,9 @@ impl Slot {
     }
 }
 
-/// Whether an engine looks after the machine (or it cannot be told).
-pub(crate) fn is_held(runtime: &Path, namespace: &str, id: &str) -> bool {
-    !matches!(lock(&dir(runtime, namespace, id)), Ok(Some(_)))
+/// Takes the lock of a machine that no engine looks after any more; `None` if one does.
+pub(crate) fn take_stale(runtime: &Path, namespace: &str, id: &str) -> Option<File> {
+    lock(&dir(runtime, namespace, id)).ok().flatten()
 }
 
 /// Whether a directory was not changed for longer than it takes to make its lock.
@@ -145,10 +146,12 @@ fn is_old(dir: &Path) -> bool {
 
 /// Takes the lock of a directory that is there; `None` if somebody has it.
 fn lock(dir: &Path) -> io::Result<Option<File>> {
-    let file = File::options().write(true).open(dir.join(LOCK))?;
+    let path = dir.join(LOCK);
+    let file = File::options().write(true).open(&path)?;
     match file.try_lock() {
-        Ok(()) => Ok(Some(file)),
-        Err(TryLockError::WouldBlock) => Ok(None),
+        // The holder before may have removed the directory between our open and our lock.
+        Ok(()) if fs::metadata(&path)?.ino() == file.metadata()?.ino() => Ok(Some(file)),
+        Ok(()) | Err(TryLockError::WouldBlock) => Ok(None),
         Err(TryLockError::Error(err)) => Err(err),
     }
 }
@@ -259,7 +262,7 @@ mod tests {
         assert!(matches!(first, Claim::Ours(_)));
         assert!(matches!(claim(runtime.path()), Claim::Taken));
         drop(first);
-        assert!(matches!(claim(runtime.path()), Claim::Stale));
+        assert!(matches!(claim(runtime.path()), Claim::Stale(Some(_))));
     }
 
     #[test]
