@@ -7,6 +7,7 @@ import os
 import shutil
 import tarfile
 from pathlib import Path
+from typing import Any
 
 from e2e.harness import oci
 from e2e.harness.bed import Bed
@@ -315,16 +316,38 @@ def without_our_differ_a_raw_blob_says_which_line_is_missing(bed: Bed) -> None:
     _no_snapshots(bed)
 
 
-def _layout_with_kernel(bed: Bed, kernel: bytes | str) -> Path:
+@case(guests=("native",))
+def a_foreign_image_with_a_bad_manifest(bed: Bed) -> None:
+    """What `ovm build` would have refused is refused at unpacking or at create too, when another tool has built it."""
+    kernel = bed.guests.parts("poweroff").kernel.read_bytes()
+    changes: dict[str, dict[str, object]] = {
+        "schemaVersion": {"schemaVersion": 2}, "arm64": {"metadata": {"platform": {"arch": "arm64"}}},
+        "uefi": {"metadata": {"platform": {"arch": "x86_64", "uefi": True}}},
+        "ovfms": {"diskLayers": [{"ref": "", "format": "ovfms", "size": 1}]},
+    }
+    for number, (word, change) in enumerate(changes.items()):
+        layout = _layout_with_kernel(bed, kernel, name=f"foreign{number}", **change)
+        archive = bed.dir / f"foreign{number}.tar"
+        bed.run(["tar", "-C", layout, "-cf", archive, "."])
+        done = bed.containerd.ctr("images", "import", "--snapshotter", "ovms", archive, status=None)
+        if done.status == 0:
+            done = bed.vm(f"localhost/foreign{number}:1", "vm", "--rm", status=None)
+        bed.refused(done, word)
+    bed.nothing_half_made()
+
+
+def _layout_with_kernel(bed: Bed, kernel: bytes | str, *, name: str = "handmade", **changes: object) -> Path:
     """A runnable image, descriptor layer included, with any bytes as kernel or with the digest of a kernel that is not there."""
     disk = bed.guests.disks[0]
-    layout = oci.Layout(bed.dir / "handmade")
+    layout = oci.Layout(bed.dir / name)
     layer = oci.tar([oci.File("ovm/disk.qcow2", disk.read_bytes())])
     reference = kernel if isinstance(kernel, str) else oci.digest(kernel)
-    manifest = {
+    manifest: dict[str, Any] = {
         "schemaVersion": 1, "mediaType": _MANIFEST, "name": "handmade", "version": "1", "kernel": {"ref": reference, "args": "x"},
         "diskLayers": [{"ref": oci.digest(layer), "format": "qcow2", "size": len(layer)}],
-    }
+    } | changes
+    for listed in manifest["diskLayers"]:
+        listed["ref"] = oci.digest(layer)
     descriptor = oci.tar([oci.File("ovm/manifest.json", json.dumps(manifest).encode())])
     config = {"architecture": "amd64", "os": "linux", "config": {"Entrypoint": ["ovms"]},
               "rootfs": {"type": "layers", "diff_ids": [oci.digest(layer), oci.digest(descriptor)]}}
@@ -334,7 +357,7 @@ def _layout_with_kernel(bed: Bed, kernel: bytes | str) -> Path:
     blobs += [layout.blob(data, "application/vnd.oci.image.layer.v1.tar") for data in (layer, descriptor)]
     layout.manifest(
         {"schemaVersion": 2, "mediaType": oci.MANIFEST, "artifactType": _MANIFEST, "config": layout.json(config, oci.CONFIG),
-         "layers": blobs}, "localhost/handmade:1")
+         "layers": blobs}, f"localhost/{name}:1")
     return layout.directory
 
 
