@@ -1,4 +1,4 @@
-/* The shortest guest there is: one byte to port 0x80, then ACPI power-off. 32-bit, no paging, no stack. */
+/* The shortest guest there is: one byte to COM1, one to port 0x80, then ACPI power-off. 32-bit, no paging, no stack. */
     .section .note.pvh, "a", @note
     .align 4
     .long 4, 4, 18
@@ -10,7 +10,9 @@
     .code32
 start32:
 start64:                        /* the bytes mean the same in 64-bit mode */
-    movb $0x42, %al
+    movw $0x3f8, %dx
+    movb $'x', %al
+    outb %al, %dx
     outb %al, $0x80
     movw $0x604, %dx
     movw $0x3400, %ax
