@@ -23,7 +23,7 @@ def measure(runs: int) -> Iterator[Figure]:
     """The start, and the move into a cgroup v1 that it leaves out."""
     if reason := places.without_kvm():
         raise CaseSkipped(reason)
-    guest = REPO / "target/guests/hello.elf"
+    guest = REPO / "target/guests/bench.elf"
     if not guest.exists():
         raise CaseFailed(f"{guest} is missing: run `make guests`")
     argv = [program("ovms-bench-start"), program("ovms-vmm"), program("ovms-bench-floor"), guest,
