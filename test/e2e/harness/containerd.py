@@ -44,7 +44,8 @@ class Containerd:
         self._programs = programs(release)
         self._directory = directory
         self._patience = patience
-        self._env = env | {"PATH": ":".join([str(self._programs), *map(str, path), os.environ["PATH"]])}
+        #: What its daemons and clients have in their environment.
+        self.env = env | {"PATH": ":".join([str(self._programs), *map(str, path), os.environ["PATH"]])}
         directory.mkdir()
         self.socket = directory / "c.sock"
         self._config = directory / "config.toml"
@@ -64,7 +65,7 @@ class Containerd:
     def _start(self) -> Daemon:
         daemon = Daemon(
             self.release, [self._programs / "containerd", "--config", self._config, "--log-level", "info"],
-            self._directory / "log", self._env,
+            self._directory / "log", self.env,
         )
         try:
             daemon.await_ready(self._answers, self._patience)
@@ -92,7 +93,7 @@ class Containerd:
 
     def ctr(self, *words: str | Path, status: int | None = 0, timeout: float | None = None, stdin: str | None = None) -> Done:
         """Runs ctr."""
-        return process.run(self.argv(*words), status=status, timeout=timeout or self._patience * 4, stdin=stdin, env=self._env)
+        return process.run(self.argv(*words), status=status, timeout=timeout or self._patience * 4, stdin=stdin, env=self.env)
 
     def import_layout(self, layout: Path, *options: str) -> None:
         """Imports an OCI layout through a tar stream, as `ctr images import -` takes it."""

@@ -64,6 +64,8 @@ def _make_what_is_missing(where: str) -> None:
         programs(release)
     if usable:
         gotools.directory(gotools.ORAS)
+    if "native" in usable:
+        gotools.directory(gotools.NERDCTL)
     if any(place != "native" for place in usable):
         guest.guest()
 
