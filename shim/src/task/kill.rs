@@ -14,6 +14,9 @@ mod signal {
     pub(super) const KILL: u32 = 9;
     pub(super) const TERM: u32 = 15;
     pub(super) const PWR: u32 = 30;
+    /// SIGCHLD, SIGCONT, SIGURG, SIGWINCH: a process that does not care for them goes on (signal(7)), and clients that
+    /// forward all signals send them unasked.
+    pub(super) const HARMLESS: [u32; 4] = [17, 18, 23, 28];
     /// systemd's "halt" and "power off" for containers (systemd(1): SIGRTMIN+3, SIGRTMIN+4), the STOPSIGNAL of images
     /// that boot systemd.
     pub(super) const RTMIN_3: u32 = 37;
@@ -42,7 +45,7 @@ impl Tasks {
     pub async fn kill(&self, id: &str, exec_id: &str, number: u32) -> Result<()> {
         let container = self.get_init(id, exec_id)?;
         container.alive()?;
-        if number == signal::NONE {
+        if number == signal::NONE || signal::HARMLESS.contains(&number) {
             return Ok(());
         }
         if number > signal::MAX {
@@ -77,7 +80,7 @@ mod tests {
             assert_eq!(press(number), Some(Press::PowerButton), "{number}");
         }
         assert_eq!(press(9), Some(Press::Kill));
-        for number in [1, 10, 12, 28] {
+        for number in [1, 10, 12] {
             assert_eq!(press(number), None, "{number}");
         }
     }

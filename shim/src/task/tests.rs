@@ -205,6 +205,7 @@ async fn kill_maps_signals_and_finds_nothing_when_the_machine_has_ended() {
     bed.created().await;
     bed.tasks.start("vm1", "").await.unwrap();
     bed.tasks.kill("vm1", "", 0).await.unwrap();
+    bed.tasks.kill("vm1", "", 28).await.unwrap();
     bed.tasks.kill("vm1", "", 15).await.unwrap();
     assert_eq!(bed.tasks.kill("vm1", "", 10).await.unwrap_err().kind(), Kind::Unimplemented);
     assert_eq!(bed.tasks.kill("vm1", "", 99).await.unwrap_err().kind(), Kind::Invalid);
