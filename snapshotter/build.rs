@@ -2,7 +2,7 @@
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let servers = ["proto/snapshots.proto", "proto/diff.proto"];
-    let clients = ["proto/content.proto", "proto/containers.proto", "proto/images.proto"];
+    let clients = ["proto/content.proto", "proto/containers.proto", "proto/images.proto", "proto/leases.proto"];
     for file in servers.iter().chain(&clients).chain(&["proto/types.proto"]) {
         println!("cargo:rerun-if-changed={file}");
     }

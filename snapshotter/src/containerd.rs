@@ -1,4 +1,4 @@
-//! The way to containerd: its content, containers and images services.
+//! The way to containerd: its content, containers, images and leases services.
 //!
 //! Blobs are read and written through the Content API, never by path: the store may be another plugin's. Every call
 //! names the namespace; a lease that came with a request goes along with what the request makes, or garbage collection
@@ -9,6 +9,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use prost::bytes::{Buf, Bytes};
+use time::format_description::well_known::Rfc3339;
+use time::OffsetDateTime;
 use tokio::sync::mpsc;
 use tonic::metadata::{Ascii, MetadataMap, MetadataValue};
 use tonic::transport::{Channel, Endpoint};
@@ -21,11 +23,17 @@ use crate::proto::content::content_client::ContentClient;
 use crate::proto::content::{InfoRequest, ReadContentRequest};
 use crate::proto::images::images_client::ImagesClient;
 use crate::proto::images::{GetImageRequest, Image};
+use crate::proto::leases::leases_client::LeasesClient;
+use crate::proto::leases::CreateRequest;
 
 /// gRPC metadata that carries the namespace.
 const NAMESPACE: &str = "containerd-namespace";
 /// gRPC metadata that carries the lease.
 const LEASE: &str = "containerd-lease";
+/// Label of a lease: when it ends, in RFC 3339 (containerd's docs/garbage-collection.md).
+const EXPIRE: &str = "containerd.io/gc.expire";
+/// How long a client has to refer to what was made for it.
+const LEASE_TIME: Duration = Duration::from_secs(3600);
 /// The longest message that containerd sends or takes, in bytes.
 pub const MAX_MESSAGE: usize = 16 << 20;
 /// Messages that may wait between the network and the thread that reads them.
@@ -128,6 +136,23 @@ impl Containerd {
             reader.take(most.saturating_add(1)).read_to_end(&mut bytes).map(|_| bytes)
         });
         read.await.context(|| "a worker thread failed")?.context(|| format!("cannot read blob {digest}"))
+    }
+
+    /// The same behalf with a lease. containerd does not hand a client's lease on to proxy plugins, and without one its
+    /// garbage collector may take what we make before the client has referred to it; so we take a short one ourselves.
+    pub async fn leased(&self, scope: &Scope) -> Result<Scope> {
+        if scope.lease.is_some() {
+            return Ok(scope.clone());
+        }
+        let failed = || "containerd gives no lease";
+        let expire = (OffsetDateTime::now_utc() + LEASE_TIME).format(&Rfc3339).context(failed)?;
+        let labels = [(EXPIRE.to_owned(), expire)].into();
+        let mut client = LeasesClient::new(self.channel.clone());
+        let answer = client.create(scope.request(CreateRequest { id: String::new(), labels })).await;
+        let answer = answer.map_err(|status| status_error(failed().into(), status))?;
+        let id = answer.into_inner().lease.unwrap_or_default().id;
+        let lease = id.parse().context(|| format!("{id:?} is no lease"))?;
+        Ok(Scope { lease: Some(lease), ..scope.clone() })
     }
 
     /// The record of a container.

@@ -31,8 +31,13 @@ pub mod services {
             tonic::include_proto!("containerd.services.images.v1");
         }
     }
+    pub mod leases {
+        pub mod v1 {
+            tonic::include_proto!("containerd.services.leases.v1");
+        }
+    }
 }
 pub use services::{
-    containers::v1 as containers, content::v1 as content, diff::v1 as diff, images::v1 as images,
+    containers::v1 as containers, content::v1 as content, diff::v1 as diff, images::v1 as images, leases::v1 as leases,
     snapshots::v1 as snapshots,
 };

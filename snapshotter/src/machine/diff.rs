@@ -43,6 +43,7 @@ pub async fn diff(daemon: &Arc<Daemon>, scope: &Scope, request: DiffRequest, cha
         "" => format!("ovms-diff-{}-{}", chain.record.number, std::process::id()),
         given => given.to_owned(),
     };
+    let scope = &daemon.containerd.leased(scope).await?;
     let (writer, upload) = upload::begin(daemon.containerd.content(), scope, &reference).await;
     let written = daemon
         .blocking(move |_| {
