@@ -70,6 +70,38 @@ class NestedHost:
         """Whether its QEMU lives."""
         return self._pid("qemu") is not None
 
+    @contextlib.contextmanager
+    def use(self) -> Iterator[None]:
+        """Has the host running for the time of the block. A host that only blocks like this wanted ends with the last of them."""
+        self._state.mkdir(parents=True, exist_ok=True)
+        wanted_by_hand = self._state / "by-hand"
+        with open(self._state / "users.lock", "w", encoding="ascii") as users:
+            fcntl.flock(users, fcntl.LOCK_SH)
+            if self.start():
+                wanted_by_hand.unlink(missing_ok=True)
+            try:
+                yield
+            finally:
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if not wanted_by_hand.exists():
+                        self.stop()
+
+    def start_by_hand(self) -> None:
+        """Starts the host unless it runs, to stay until it is stopped by hand."""
+        self.start()
+        (self._state / "by-hand").touch()
+
+    def in_use(self) -> bool:
+        """Whether a block of `use` is under way somewhere."""
+        self._state.mkdir(parents=True, exist_ok=True)
+        with open(self._state / "users.lock", "w", encoding="ascii") as users:
+            try:
+                fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
     def start(self, memory_mib: int = 4096) -> bool:
         """Starts the host unless it runs, and waits until it takes commands; says whether it was this call that started it."""
         host = debian.host()

@@ -181,7 +181,8 @@ def committed_disk_runs_again(bed: Bed) -> None:
     bed.vm(image, "vm", "--annotation", "io.ovms.kernel-args=sector=0")
     layer = bed.dir / "layer.tar.gz"
     with open(layer, "wb") as out:
-        child = process.spawn(bed.containerd.argv("snapshots", "--snapshotter", "ovms", "diff", "vm"), stdout=out, stderr=subprocess.DEVNULL)
+        argv = bed.containerd.argv("snapshots", "--snapshotter", "ovms", "diff", "vm")
+        child = process.spawn(argv, stdout=out, stderr=subprocess.DEVNULL)
         check(child.wait(60) == 0, "ctr snapshots diff failed")
 
     committed = bed.import_for_ovms(_with_layer(bed.guests.layout("disk"), layer.read_bytes(), bed.dir / "committed"))

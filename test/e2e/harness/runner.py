@@ -84,18 +84,13 @@ def _run_nested(wanted: list[Case], pattern: str, path: Path) -> Iterator[Outcom
     host = nestedhost.NestedHost.default()
     inner = path.resolve().with_name("report-nested.json")
     inner.unlink(missing_ok=True)
-    started, ended = False, ""
     try:
-        started = host.start()
         argv = ["python3", "-B", str(Path(__file__).resolve().parents[1] / "run.py"), "--inside", "--where", "nested", "--case", pattern,
                 "--report", str(inner)]
-        ended = f"the run in the nested host ended with {nestedhost.relay(host, argv, cwd='/')} before this case"
+        with host.use():
+            ended = f"the run in the nested host ended with {nestedhost.relay(host, argv, cwd='/')} before this case"
     except nestedhost.NestedError as error:
         ended = str(error)
-    finally:
-        # It may have been there before; then it stays.
-        if started:
-            host.stop()
     done = report.read(inner) if inner.exists() else []
     yield from done
     missing = {case.name for case in relevant} - {outcome.case for outcome in done}
