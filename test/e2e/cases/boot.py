@@ -205,9 +205,9 @@ def read_only_root_is_a_read_only_disk(bed: Bed) -> None:
 
     if bed.guests.native:
         # This guest insists on the flush feature, which a disk that is never written does not offer.
-        contains(done.out, "features refused", "the guest's console")
+        contains(done.text, "features refused", "the guest's console")
     else:
-        contains(done.out, "disk is read-only", "the guest's console")
+        contains(done.text, "disk is read-only", "the guest's console")
 
 
 def _talk(bed: Bed, session: Session) -> None:

@@ -160,8 +160,9 @@ def commit_of_a_disk_gives_a_block_diff(bed: Bed) -> None:
     layer = bed.dir / "layer.tar"
     argv = bed.containerd.argv("snapshots", "--snapshotter", "ovms", "diff", name, "vm")
     with open(layer, "wb") as out:
-        child = process.spawn(argv, stdout=out, stderr=subprocess.DEVNULL)
-        check(child.wait(60) == 0, "ctr snapshots diff failed")
+        child = process.spawn(argv, stdout=out, stderr=subprocess.PIPE, text=True)
+        _, said = child.communicate(timeout=60)
+        check(child.returncode == 0, f"ctr snapshots diff failed: {said}")
 
     listed = process.run(["tar", "-taf", layer]).out.split()
     check("ovm/disk.qcow2" in listed and "ovm/manifest.json" in listed, f"the layer holds {listed}")
@@ -182,8 +183,9 @@ def committed_disk_runs_again(bed: Bed) -> None:
     layer = bed.dir / "layer.tar.gz"
     with open(layer, "wb") as out:
         argv = bed.containerd.argv("snapshots", "--snapshotter", "ovms", "diff", "vm")
-        child = process.spawn(argv, stdout=out, stderr=subprocess.DEVNULL)
-        check(child.wait(60) == 0, "ctr snapshots diff failed")
+        child = process.spawn(argv, stdout=out, stderr=subprocess.PIPE, text=True)
+        _, said = child.communicate(timeout=60)
+        check(child.returncode == 0, f"ctr snapshots diff failed: {said}")
 
     committed = bed.import_for_ovms(_with_layer(bed.guests.layout("disk"), layer.read_bytes(), bed.dir / "committed"))
     console = bed.vm(committed, "vm2", "--rm").out
