@@ -2,7 +2,7 @@
 """Runs the end-to-end cases and writes target/e2e/report.json.
 
     E2E=native|nested|direct|auto   where (auto: the best the host offers)
-    CASE=GLOB                       only the cases whose name matches
+    CASE='GLOB ...'                 only the cases whose name matches one of them
     run.py --list                   prints the names
 
 Native cases boot bare-metal guests on any /dev/kvm, direct ones an unmodified Debian on a host with
