@@ -45,14 +45,10 @@ def measure(_runs: int) -> Iterator[Figure]:
     if reason := places.unusable("nested"):
         raise CaseSkipped(reason)
     host = nestedhost.NestedHost.default()
-    started = host.start()
     inner = REPO / "target/bench/debian.json"
     inner.unlink(missing_ok=True)
-    try:
+    with host.use():
         status = nestedhost.relay(host, ["python3", "-B", str(REPO / "test/bench/run.py"), "--inside", str(inner)], cwd="/")
-    finally:
-        if started:
-            host.stop()
     if status != 0 or not inner.exists():
         raise CaseFailed(f"the measurement in the nested host ended with {status}")
     yield from report.read(inner)

@@ -30,7 +30,7 @@ SLOWNESS = {"native": 1.0, "direct": 1.0, "nested": 5.0}
 #: How often a nested case may be tried, each time on a fresh host. QEMU's emulation of SVM and of code that is patched
 #: under running processors is not sound: now and then it kills the host's kernel or a guest's, whatever runs there.
 #: A case that passed only then says so in the report.
-NESTED_ATTEMPTS = 3
+NESTED_ATTEMPTS = 5
 #: Where cases keep their files: /tmp of the nested host is memory, which its guests need.
 SCRATCH = {"native": "/tmp", "direct": "/tmp", "nested": "/var/tmp"}
 
