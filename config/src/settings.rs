@@ -45,6 +45,8 @@ pub struct Settings {
     pub jail: JailSettings,
     /// What the snapshotter takes from an image.
     pub limits: LimitSettings,
+    /// RAM snapshots.
+    pub ram: RamSettings,
 }
 
 /// `[paths]`.
@@ -142,6 +144,40 @@ impl Default for LimitSettings {
     fn default() -> Self {
         Self { disk_virtual: 64 << 40, layer_data: 1 << 40, layer_ratio: 2000, boot_file: 1 << 30 }
     }
+}
+
+/// `[ram]`: RAM snapshots, which hold somebody's secrets and decide what a guest's processor does next.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RamSettings {
+    /// Whether images that carry RAM are resumed.
+    pub policy: RamPolicy,
+    /// The most bytes of tmpfs that RAM whose manifest asks for it (`preload_hint`) may take; what does not fit lies on
+    /// disk.
+    #[serde(deserialize_with = "size")]
+    pub preload_budget: u64,
+    /// The most bytes of decoded memory that one RAM snapshot may have.
+    #[serde(deserialize_with = "size")]
+    pub max_memory: u64,
+}
+
+impl Default for RamSettings {
+    fn default() -> Self {
+        Self { policy: RamPolicy::Allow, preload_budget: 1 << 30, max_memory: 256 << 30 }
+    }
+}
+
+/// What the host makes of RAM that comes with an image.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RamPolicy {
+    /// It is resumed.
+    #[default]
+    Allow,
+    /// Only signed RAM is resumed. Signatures are not verified yet, so this refuses all.
+    Signed,
+    /// None is resumed.
+    Deny,
 }
 
 impl Settings {

@@ -40,8 +40,10 @@ pub struct VmConfig {
     pub memory: u64,
     /// `/dev/kvm`.
     pub kvm: FdIndex,
-    /// What is booted.
-    pub boot: BootConfig,
+    /// `/dev/userfaultfd`, for the barrier that holds writers back while a snapshot is taken; none: the host lacks it.
+    pub userfault: Option<FdIndex>,
+    /// How the machine comes to life.
+    pub start: StartConfig,
     /// Disks in order: the first is /dev/vda of a Linux guest.
     pub disks: Vec<DiskConfig>,
     /// Where the serial console reads and writes.
@@ -50,6 +52,33 @@ pub struct VmConfig {
     pub jail: JailConfig,
     /// Log level of the VMM as `tracing` names it: `error`, `warn`, `info`, `debug`, `trace`. The log goes to stderr.
     pub log_level: String,
+}
+
+/// How a machine comes to life.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum StartConfig {
+    /// It boots a kernel.
+    Boot(BootConfig),
+    /// It goes on where a RAM snapshot was taken. [`VmConfig::vcpus`] and [`VmConfig::memory`] are those of the snapshot.
+    Restore(RestoreConfig),
+}
+
+/// The unpacked form of a RAM snapshot (`ovms_state`). All of it is hostile: it may come from a registry.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RestoreConfig {
+    /// Head and sections, opened read-only.
+    pub state: FdIndex,
+    /// The guest's memory, [`VmConfig::memory`] bytes from guest address 0 up without the hole below 4 GiB, sparse, opened
+    /// read-only. It is mapped private and never written.
+    pub memory: FdIndex,
+    /// The working set of an earlier restore, which is prefetched; none: nobody has recorded one.
+    pub working_set: Option<FdIndex>,
+    /// An empty file, opened for reading and writing, into which this restore records its working set.
+    pub record_working_set: Option<FdIndex>,
+    /// Lock in RAM what the guest makes its own of the memory (`mlock_required`).
+    pub mlock: bool,
 }
 
 /// What is booted.
@@ -72,6 +101,8 @@ pub struct DiskConfig {
     pub table: FdIndex,
     /// The layers in the table's order, base first, opened read-only.
     pub layers: Vec<FdIndex>,
+    /// Tops that were frozen and lie below the writable one, oldest first, opened read-only.
+    pub frozen: Vec<TopConfig>,
     /// The writable top: data and map.
     pub top: TopConfig,
     /// The guest may not write.
@@ -80,7 +111,7 @@ pub struct DiskConfig {
     pub serial: String,
 }
 
-/// The writable top of a disk.
+/// A top of a disk, writable or frozen.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TopConfig {
@@ -187,7 +218,9 @@ impl VmSpec {
         if !(MIN_MEMORY..=MAX_MEMORY).contains(&config.memory) || !config.memory.is_multiple_of(MEMORY_STEP) {
             return Err(VmConfigError::Memory(config.memory));
         }
-        check_cmdline(&config.boot.cmdline)?;
+        if let StartConfig::Boot(boot) = &config.start {
+            check_cmdline(&boot.cmdline)?;
+        }
         if config.jail.uid == 0 || config.jail.gid == 0 {
             return Err(VmConfigError::Root);
         }
@@ -198,6 +231,14 @@ impl VmSpec {
             }
         }
         Ok(Self { config })
+    }
+
+    /// The kernel command line; empty for a machine that is restored.
+    pub fn cmdline(&self) -> &str {
+        match &self.config.start {
+            StartConfig::Boot(boot) => &boot.cmdline,
+            StartConfig::Restore(_) => "",
+        }
     }
 
     /// The configuration that was checked.
@@ -226,8 +267,9 @@ fn check_disks(disks: &[DiskConfig]) -> Result<(), VmConfigError> {
         return Err(VmConfigError::Disks(disks.len()));
     }
     for (index, disk) in disks.iter().enumerate() {
-        if disk.layers.len() > MAX_LAYERS {
-            return Err(VmConfigError::Layers { disk: index, layers: disk.layers.len() });
+        let layers = disk.layers.len().saturating_add(disk.frozen.len());
+        if layers > MAX_LAYERS {
+            return Err(VmConfigError::Layers { disk: index, layers });
         }
         if disk.serial.len() > 20 || !disk.serial.is_ascii() {
             return Err(VmConfigError::Serial(index));
@@ -238,18 +280,29 @@ fn check_disks(disks: &[DiskConfig]) -> Result<(), VmConfigError> {
 
 /// Every descriptor that the configuration names, with the field that names it.
 fn descriptors(config: &VmConfig) -> Vec<(String, FdIndex)> {
-    let mut all = vec![("kvm".to_owned(), config.kvm), ("boot.kernel".to_owned(), config.boot.kernel)];
-    let optional = [
-        ("boot.initrd", config.boot.initrd),
+    let mut all = vec![("kvm".to_owned(), config.kvm)];
+    let mut optional = vec![
+        ("userfault", config.userfault),
         ("console.input", config.console.input),
         ("console.output", config.console.output),
         ("jail.netns", config.jail.netns),
     ];
+    match &config.start {
+        StartConfig::Boot(boot) => optional.extend([("boot.kernel", Some(boot.kernel)), ("boot.initrd", boot.initrd)]),
+        StartConfig::Restore(restore) => optional.extend([
+            ("restore.state", Some(restore.state)),
+            ("restore.memory", Some(restore.memory)),
+            ("restore.working_set", restore.working_set),
+            ("restore.record_working_set", restore.record_working_set),
+        ]),
+    }
     all.extend(optional.into_iter().filter_map(|(what, index)| index.map(|index| (what.to_owned(), index))));
     for (number, disk) in config.disks.iter().enumerate() {
         all.push((format!("disks[{number}].table"), disk.table));
-        all.push((format!("disks[{number}].top.data"), disk.top.data));
-        all.push((format!("disks[{number}].top.map"), disk.top.map));
+        for (place, top) in disk.frozen.iter().map(|top| ("frozen", top)).chain([("top", &disk.top)]) {
+            all.push((format!("disks[{number}].{place}.data"), top.data));
+            all.push((format!("disks[{number}].{place}.map"), top.map));
+        }
         all.extend(disk.layers.iter().map(|layer| (format!("disks[{number}].layers"), *layer)));
     }
     all
@@ -266,10 +319,12 @@ mod tests {
             vcpus: 2,
             memory: 512 << 20,
             kvm: 0,
-            boot: BootConfig { kernel: 1, initrd: None, cmdline: "console=ttyS0".into() },
+            userfault: None,
+            start: StartConfig::Boot(BootConfig { kernel: 1, initrd: None, cmdline: "console=ttyS0".into() }),
             disks: vec![DiskConfig {
                 table: 2,
                 layers: vec![3],
+                frozen: Vec::new(),
                 top: TopConfig { data: 4, map: 5 },
                 read_only: false,
                 serial: "vda".into(),
@@ -287,6 +342,10 @@ mod tests {
         }
     }
 
+    fn boot(config: &mut VmConfig, cmdline: String) {
+        config.start = StartConfig::Boot(BootConfig { kernel: 1, initrd: None, cmdline });
+    }
+
     #[test]
     fn a_sound_configuration_is_taken() {
         assert!(VmSpec::new(config(), 6).is_ok());
@@ -295,14 +354,31 @@ mod tests {
     #[test]
     fn each_bound_is_kept() {
         type Change = fn(&mut VmConfig);
-        let cases: [(Change, &str); 10] = [
+        let cases: [(Change, &str); 12] = [
             (|c| c.version = 9, "version 9"),
             (|c| c.vcpus = 0, "not 0"),
             (|c| c.vcpus = 33, "not 33"),
             (|c| c.memory = (32 << 20) - 1, "MiB"),
             (|c| c.memory += 4096, "steps of 2 MiB"),
-            (|c| c.boot.cmdline = "x".repeat(2048), "2048 bytes"),
-            (|c| c.boot.cmdline = "a\nb".into(), "line break"),
+            (|c| boot(c, "x".repeat(2048)), "2048 bytes"),
+            (|c| boot(c, "a\nb".into()), "line break"),
+            (
+                |c| c.disks[0].frozen = vec![TopConfig { data: 4, map: 7 }],
+                "disks[0].frozen.map names descriptor 7 of 6",
+            ),
+            (
+                |c| {
+                    let restore = RestoreConfig {
+                        state: 1,
+                        memory: 8,
+                        working_set: None,
+                        record_working_set: None,
+                        mlock: false,
+                    };
+                    c.start = StartConfig::Restore(restore);
+                },
+                "restore.memory names descriptor 8 of 6",
+            ),
             (|c| c.disks[0].layers = vec![9], "disks[0].layers names descriptor 9 of 6"),
             (|c| c.disks[0].serial = "x".repeat(21), "disk 0"),
             (|c| c.jail.uid = 0, "group 0"),

@@ -30,8 +30,12 @@ pub fn resolve(
         Error::caused(message, e).of_kind(Kind::Unavailable)
     };
     let mut stream = UnixStream::connect(socket).map_err(down)?;
-    let request =
-        ToSnapshotter::Resolve { namespace: namespace.into(), container: id.into(), source: source.to_owned() };
+    let request = ToSnapshotter::Resolve {
+        namespace: namespace.into(),
+        container: id.into(),
+        source: source.to_owned(),
+        checkpoint: None,
+    };
     write_line(&mut stream, &request).map_err(down)?;
     let mut answers = BufReader::new(stream);
     loop {
@@ -76,7 +80,12 @@ mod tests {
             let asked: ToSnapshotter = read_line(&mut reader).unwrap().unwrap();
             assert_eq!(
                 asked,
-                ToSnapshotter::Resolve { namespace: "default".into(), container: "vm1".into(), source: "/s/7".into() }
+                ToSnapshotter::Resolve {
+                    namespace: "default".into(),
+                    container: "vm1".into(),
+                    source: "/s/7".into(),
+                    checkpoint: None
+                }
             );
             for answer in answers {
                 write_line(&mut stream, &answer).unwrap();

@@ -83,7 +83,10 @@ async fn answer(stream: UnixStream, daemon: Arc<Daemon>) {
 async fn resolve(daemon: &Arc<Daemon>, line: &str, tell: &(dyn Fn(String) + Send + Sync)) -> Result<FromSnapshotter> {
     let request = serde_json::from_str(line)
         .map_err(|err| Error::invalid("the request is none of the bundle service").because(err))?;
-    let ToSnapshotter::Resolve { namespace, container, source } = request;
+    let ToSnapshotter::Resolve { namespace, container, source, checkpoint } = request;
+    if checkpoint.is_some() {
+        return Err(Error::invalid("a machine cannot be started from a checkpoint yet"));
+    }
     let started = std::time::Instant::now();
     let resolved = machine::resolve(daemon, &namespace, &container, &source, tell).await?;
     tracing::info!(namespace, container, bundle = %resolved.bundle.display(), took = ?started.elapsed(), "machine resolved");

@@ -56,8 +56,12 @@ impl Daemon {
     fn resolve(&self, source: &str) -> (Vec<String>, FromSnapshotter) {
         let mut stream = UnixStream::connect(self.dir.join("b.sock")).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        let request =
-            ToSnapshotter::Resolve { namespace: "default".into(), container: "vm".into(), source: source.into() };
+        let request = ToSnapshotter::Resolve {
+            namespace: "default".into(),
+            container: "vm".into(),
+            source: source.into(),
+            checkpoint: None,
+        };
         write_line(&mut stream, &request).unwrap();
         let mut answers = BufReader::new(stream);
         let mut steps = Vec::new();

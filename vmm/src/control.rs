@@ -24,6 +24,8 @@ const CONSOLE_DEADLINE: Duration = Duration::from_secs(5);
 enum CommandError {
     #[error("the machine cannot do that now")]
     Refused(#[from] Refused),
+    #[error("this VMM cannot take a RAM snapshot yet")]
+    Snapshot,
     #[error("the disk is as it was")]
     Freeze(#[from] FreezeError),
 }
@@ -103,6 +105,7 @@ impl Owner {
                 self.transit(Input::Tell)?;
                 self.machine.devices().freeze_disk(*disk, fds)?;
             }
+            Command::Snapshot(_) | Command::CancelSnapshot => return Err(CommandError::Snapshot),
             Command::Status => return Ok(Answer::Status(self.status())),
             Command::Kill => {}
         }

@@ -7,7 +7,7 @@ use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::process::exit;
 use std::sync::Arc;
 
-use ovms_config::vm::{VmConfig, VmConfigError, VmSpec};
+use ovms_config::vm::{StartConfig, VmConfig, VmConfigError, VmSpec};
 use ovms_devices::threads::{Spawner, ThreadKind as DeviceThread};
 use ovms_proto::control::FromVmm;
 use ovms_proto::{Channel, ChannelError};
@@ -37,6 +37,8 @@ enum StartError {
     Config(#[from] VmConfigError),
     #[error("the configuration and its descriptors do not fit")]
     Fd(#[from] FdError),
+    #[error("this VMM cannot restore a RAM snapshot yet")]
+    Restore,
     #[error("the machine has no memory")]
     Memory(#[from] MemoryError),
     #[error("the walls around the VMM cannot be put up")]
@@ -104,10 +106,11 @@ fn start(channel: &Channel, mut timeline: Recorder) -> Result<(Machine, Mailbox,
     timeline.passed("memory");
     jail::enter(&config.jail, netns)?;
     timeline.passed("jail");
+    let StartConfig::Boot(boot) = &config.start else { return Err(StartError::Restore) };
     let payload = Payload {
-        kernel: fds.take_file(config.boot.kernel)?,
-        initrd: fds.take_optional(config.boot.initrd)?.map(Into::into),
-        cmdline: config.boot.cmdline.clone(),
+        kernel: fds.take_file(boot.kernel)?,
+        initrd: fds.take_optional(boot.initrd)?.map(Into::into),
+        cmdline: boot.cmdline.clone(),
     };
     let (mail, mailbox) = Mailbox::new().map_err(StartError::Mailbox)?;
     let filters = Arc::new(Filters::compile()?);

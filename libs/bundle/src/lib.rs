@@ -16,6 +16,7 @@ pub mod layer;
 mod open;
 mod publish;
 mod record;
+mod snapshot;
 pub mod unpack;
 pub mod worker;
 
@@ -25,4 +26,7 @@ pub use open::{create_top, Bundle, DiskFiles};
 pub use ovms_artifact::image::ENTRYPOINT;
 pub use ovms_artifact::manifest::Manifest;
 pub use publish::{publish, sync, write_new};
-pub use record::{Disk, Record, TopPaths, RECORD_VERSION};
+pub use record::{Disk, Ram, Record, TopPaths, RECORD_VERSION};
+pub use snapshot::{
+    SnapshotDisk, SnapshotRam, SnapshotRecord, SNAPSHOT_DISK, SNAPSHOT_RAM, SNAPSHOT_RECORD, SNAPSHOT_VERSION,
+};

@@ -38,6 +38,8 @@ pub struct DiskFiles {
     pub table: File,
     /// The layers, base first, opened read-only.
     pub layers: Vec<File>,
+    /// The frozen tops, oldest first, opened read-only.
+    pub frozen: Vec<TopFiles>,
     /// The top's data file. It holds the lock: the lock ends when this descriptor and every copy of it, in whatever
     /// process, is closed.
     pub top_data: File,
@@ -70,7 +72,7 @@ impl DiskFiles {
     /// A file is damaged, or they do not fit together.
     pub fn into_stack(self) -> ovms_disk::Result<Stack> {
         let top = Some(TopFiles { data: self.top_data, map: self.top_map });
-        Stack::open(StackFiles { table: self.table, layers: self.layers, frozen: Vec::new(), top }, self.read_only)
+        Stack::open(StackFiles { table: self.table, layers: self.layers, frozen: self.frozen, top }, self.read_only)
     }
 }
 
@@ -84,7 +86,9 @@ fn open_disk(disk: &Disk, record: &Path, holder: &str, read_only: bool) -> Resul
     let top_map = open_with(&options, &top.map)?;
     let table = open_plain(&disk.table)?;
     let layers = disk.layers.iter().map(|layer| open_plain(layer)).collect::<Result<_>>()?;
-    Ok(DiskFiles { table, layers, top_data, top_map, read_only })
+    let frozen = |paths: &TopPaths| Ok(TopFiles { data: open_plain(&paths.data)?, map: open_plain(&paths.map)? });
+    let frozen = disk.frozen.iter().map(frozen).collect::<Result<_>>()?;
+    Ok(DiskFiles { table, layers, frozen, top_data, top_map, read_only })
 }
 
 /// Opens a plain file read-only: no symbolic link that leads elsewhere, no fifo that blocks.

@@ -33,6 +33,26 @@ pub struct Record {
     pub initrd: Option<PathBuf>,
     /// The disk; none for a machine that lives in its initial RAM disk.
     pub disk: Option<Disk>,
+    /// The RAM snapshot that the machine resumes from; none: it boots.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ram: Option<Ram>,
+}
+
+/// A RAM snapshot in its unpacked form; see `ovms_state`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct Ram {
+    /// Digest of the RAM blob.
+    pub digest: String,
+    /// Head and sections.
+    pub state: PathBuf,
+    /// The memory.
+    pub memory: PathBuf,
+    /// The working set that restores have recorded; the file may be missing, the next restore then makes it.
+    pub working_set: PathBuf,
+    /// Keep all of it locked in RAM.
+    #[serde(default)]
+    pub mlock: bool,
 }
 
 /// A disk's files; see `ovms_disk::StackFiles`.
@@ -45,6 +65,9 @@ pub struct Disk {
     pub table: PathBuf,
     /// The layers' data files, base first.
     pub layers: Vec<PathBuf>,
+    /// Tops that were frozen under a machine and lie below the writable one, oldest first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub frozen: Vec<TopPaths>,
     /// The writable top; none in a template that instances are made of.
     pub top: Option<TopPaths>,
     /// The guest may not write, whatever the caller asks for.
@@ -102,10 +125,13 @@ impl Record {
         if let Some(disk) = &mut self.disk {
             change(&mut disk.table);
             disk.layers.iter_mut().for_each(&mut change);
-            if let Some(top) = &mut disk.top {
+            for top in disk.frozen.iter_mut().chain(&mut disk.top) {
                 change(&mut top.data);
                 change(&mut top.map);
             }
+        }
+        if let Some(ram) = &mut self.ram {
+            [&mut ram.state, &mut ram.memory, &mut ram.working_set].into_iter().for_each(change);
         }
     }
 }
@@ -125,9 +151,11 @@ mod tests {
                 virtual_size: 4096,
                 table: "table".into(),
                 layers: vec!["a/data".into(), "/srv/b/data".into()],
+                frozen: vec![TopPaths { data: "0.data".into(), map: "0.map".into() }],
                 top: Some(TopPaths { data: "top.data".into(), map: "top.map".into() }),
                 read_only: false,
             }),
+            ram: None,
         }
     }
 
@@ -141,6 +169,7 @@ mod tests {
         assert_eq!((loaded.kernel, loaded.initrd), (Some(at("kernel")), Some("/srv/initrd".into())));
         let disk = loaded.disk.unwrap();
         assert_eq!((disk.table, disk.layers), (at("table"), vec![at("a/data"), "/srv/b/data".into()]));
+        assert_eq!(disk.frozen, [TopPaths { data: at("0.data"), map: at("0.map") }]);
         assert_eq!(disk.top, Some(TopPaths { data: at("top.data"), map: at("top.map") }));
     }
 

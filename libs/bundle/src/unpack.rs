@@ -112,6 +112,7 @@ impl Cache {
             kernel,
             initrd,
             disk,
+            ram: None,
         })
     }
 
@@ -166,7 +167,7 @@ impl Cache {
         let open = File::open(&table).map_err(Error::io("open", &table))?;
         let virtual_size = Table::open(&open).map_err(Error::disk(&table))?.virtual_size();
         let layers = dirs.iter().map(|dir| layer::data_path(dir)).collect();
-        Ok(Disk { virtual_size, table, layers, top: None, read_only: false })
+        Ok(Disk { virtual_size, table, layers, frozen: Vec::new(), top: None, read_only: false })
     }
 
     fn layer(&self, layout: &Layout, disk: &ImageDisk, dir: &Path, progress: &mut dyn FnMut(Progress)) -> Result<()> {

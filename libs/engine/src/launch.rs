@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 
 use ovms_bundle::{Bundle, DiskFiles, Manifest};
 use ovms_config::vm::{
-    check_cmdline, BootConfig, ConsoleConfig, DiskConfig, FdIndex, JailConfig, TopConfig, VmConfig, VM_CONFIG_VERSION,
+    check_cmdline, BootConfig, ConsoleConfig, DiskConfig, FdIndex, JailConfig, StartConfig, TopConfig, VmConfig,
+    VM_CONFIG_VERSION,
 };
 use ovms_config::Settings;
 use ovms_proto::channel::MAX_FDS;
@@ -78,7 +79,8 @@ impl Packet {
             vcpus: size.vcpus,
             memory: size.memory,
             kvm,
-            boot,
+            userfault: None,
+            start: StartConfig::Boot(boot),
             disks,
             console,
             jail,
@@ -121,6 +123,11 @@ fn disk_config(disk: DiskFiles, fds: &mut FdList) -> DiskConfig {
     DiskConfig {
         table: fds.push(disk.table),
         layers: disk.layers.into_iter().map(|layer| fds.push(layer)).collect(),
+        frozen: disk
+            .frozen
+            .into_iter()
+            .map(|top| TopConfig { data: fds.push(top.data), map: fds.push(top.map) })
+            .collect(),
         top: TopConfig { data: fds.push(disk.top_data), map: fds.push(disk.top_map) },
         read_only: disk.read_only,
         serial: "vda".into(),

@@ -212,7 +212,7 @@ impl Machine {
     pub fn vmm_status(&self) -> Result<VmmStatus> {
         match self.request(Command::Status)? {
             Answer::Status(status) => Ok(status),
-            Answer::Done => Err(Error::new(Kind::Internal, "the VMM answers a question for its status without one")),
+            _ => Err(Error::new(Kind::Internal, "the VMM answers a question for its status without one")),
         }
     }
 

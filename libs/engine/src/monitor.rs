@@ -202,6 +202,7 @@ impl Monitor {
                 inner.tell(&MachineEvent::FirstExit { micros });
                 inner.save();
             }
+            FromVmm::Event(Event::SnapshotTaken { .. } | Event::WorkingSetRecorded) => return Err("unasked"),
             FromVmm::Event(Event::Exited(reason)) => {
                 let reason = match reason {
                     ExitReason::Fault { message } => ExitReason::Fault { message: clean(&message, MAX_MESSAGE) },

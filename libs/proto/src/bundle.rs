@@ -23,6 +23,10 @@ pub enum ToSnapshotter {
         container: String,
         /// Source directory of the rootfs bind mount, as the snapshotter gave it.
         source: PathBuf,
+        /// Directory of a checkpoint to resume from (`ovms_bundle::SnapshotRecord`), which takes the place of what the
+        /// image says of RAM; its disk is laid over the snapshot's.
+        #[serde(default)]
+        checkpoint: Option<PathBuf>,
     },
 }
 

@@ -46,10 +46,28 @@ pub enum Command {
         /// Index into `VmConfig::disks`.
         disk: u32,
     },
+    /// Take a RAM snapshot. Beside the packet come: the blob's file, empty and opened for reading and writing, then data and
+    /// map of a new top (both empty) for every disk that the guest may write, in the disks' order. At one instant vCPUs and
+    /// devices are saved and the tops frozen ([`Event::SnapshotTaken`]); the reply, [`Answer::Snapshot`], comes when the
+    /// blob is complete and durable. Other commands are answered meanwhile. On an error, or after
+    /// [`Command::CancelSnapshot`], the machine goes on as if nothing had been; a top that was frozen stays so.
+    Snapshot(SnapshotCommand),
+    /// Give up the snapshot that is being taken; its own reply says so. No change if none is.
+    CancelSnapshot,
     /// Say what the machine does.
     Status,
     /// End the VMM without asking the guest.
     Kill,
+}
+
+/// How a RAM snapshot is taken.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotCommand {
+    /// Digest of the RAM blob that this machine was restored from: chunks that are as they are there are left out and the
+    /// blob names it as its parent. None: the blob holds everything.
+    pub parent: Option<String>,
+    /// Leave the vCPUs standing after the instant. Otherwise they go on if they ran before.
+    pub stop: bool,
 }
 
 /// What the VMM says.
@@ -85,6 +103,25 @@ pub enum Answer {
     Done,
     /// Answer to [`Command::Status`].
     Status(Status),
+    /// Answer to [`Command::Snapshot`].
+    Snapshot(SnapshotReport),
+}
+
+/// What a RAM snapshot cost, in answer to [`Command::Snapshot`].
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotReport {
+    /// Microseconds for which the guest stood still.
+    pub stood_micros: u64,
+    /// The blob's size in bytes.
+    pub bytes: u64,
+    /// Bytes of guest memory that the blob holds, uncompressed, without zero pages and what the parent has.
+    pub content: u64,
+    /// Rounds of copying before the instant.
+    pub rounds: u32,
+    /// Bytes of guest memory that were still to be copied at the instant.
+    pub left_at_instant: u64,
+    /// Writers were held back by userfaultfd; otherwise what was left was copied while the guest stood.
+    pub barrier: bool,
 }
 
 /// What a machine does, in answer to [`Command::Status`].
@@ -121,6 +158,14 @@ pub enum Event {
         /// Microseconds since the VMM process began.
         micros: u64,
     },
+    /// The instant of a snapshot has passed: the state is saved, the tops are frozen, the guest goes on (or stands, as the
+    /// command asked).
+    SnapshotTaken {
+        /// Microseconds for which the guest stood still.
+        stood_micros: u64,
+    },
+    /// A restored machine has recorded its working set into the file it was given, and will not write there again.
+    WorkingSetRecorded,
     /// The guest is gone; all console output has been written. The VMM exits after this.
     Exited(ExitReason),
 }

@@ -5,6 +5,7 @@
 //!     │                                                  │
 //!     └<──────────── Reply, Event ───────────────────────┘
 //!  shim, ovm ──bundle socket (STREAM)──> ovms-snapshotter             one JSON value a line     [bundle]
+//!  ovm, ovms-snapshotter ──machine socket (STREAM)──> engine          one JSON value a line     [machine]
 //! ```
 //!
 //! The first packet that the engine sends is an `ovms_config::VmConfig` with the file descriptors it names; from
@@ -15,6 +16,7 @@
 pub mod bundle;
 pub mod channel;
 pub mod control;
+pub mod machine;
 #[allow(unsafe_code, reason = "the ancillary data of sendmsg and recvmsg")]
 mod sys;
 

@@ -105,10 +105,11 @@ pub async fn prepare(
         virtual_size: disk.virtual_size,
         table: top.table(),
         layers: layers.iter().filter(|l| l.info.disk.is_some()).map(|l| files::data_path(&l.dir)).collect(),
+        frozen: Vec::new(),
         top: Some(TopPaths { data: "top/data".into(), map: "top/map".into() }),
         read_only: false,
     });
-    let record = Record { version: RECORD_VERSION, image: name, manifest, kernel, initrd, disk };
+    let record = Record { version: RECORD_VERSION, image: name, manifest, kernel, initrd, disk, ram: None };
     let answer = args.clone();
     daemon.blocking(move |daemon| write_bundle(daemon, &dir, &record, answer.as_deref())).await?;
     Ok(Resolved { bundle, args })

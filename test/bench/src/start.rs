@@ -20,7 +20,7 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use ovms_config::vm::{BootConfig, ConsoleConfig, JailConfig, VmConfig, VM_CONFIG_VERSION};
+use ovms_config::vm::{BootConfig, ConsoleConfig, JailConfig, StartConfig, VmConfig, VM_CONFIG_VERSION};
 use ovms_proto::control::{Command as Ask, Event, FromVmm, Request};
 use ovms_proto::Channel;
 
@@ -102,7 +102,8 @@ impl Bench {
             vcpus: 1,
             memory: self.memory,
             kvm: 0,
-            boot: BootConfig { kernel: 1, initrd: None, cmdline: String::new() },
+            userfault: None,
+            start: StartConfig::Boot(BootConfig { kernel: 1, initrd: None, cmdline: String::new() }),
             disks: Vec::new(),
             console: ConsoleConfig { input: None, output: Some(2) },
             jail: JailConfig {

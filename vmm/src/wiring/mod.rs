@@ -146,7 +146,7 @@ impl Devices {
         let mut mmio = BusBuilder::new();
         // Two consoles, one host: both write to it, one reads.
         let idle = Arc::new(InputQueue::new());
-        let (serial_input, virtio_input) = match virtio::InputOwner::of(&spec.config().boot.cmdline) {
+        let (serial_input, virtio_input) = match virtio::InputOwner::of(spec.cmdline()) {
             virtio::InputOwner::Serial => (Arc::clone(&input), idle),
             virtio::InputOwner::Virtio => (idle, Arc::clone(&input)),
         };

@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use ovms_config::vm::{DiskConfig, VmConfig};
+use ovms_config::vm::{DiskConfig, TopConfig, VmConfig};
 use ovms_devices::console::{ByteSink, InputQueue};
 use ovms_devices::threads::Spawner;
 use ovms_devices::virtio::balloon::Balloon;
@@ -86,10 +86,14 @@ fn open(index: usize, disk: &DiskConfig, fds: &mut Fds) -> Result<Stack, WiringE
     let files = StackFiles {
         table: fds.take_file(disk.table)?,
         layers: disk.layers.iter().map(|layer| fds.take_file(*layer)).collect::<Result<_, _>>()?,
-        frozen: Vec::new(),
-        top: Some(TopFiles { data: fds.take_file(disk.top.data)?, map: fds.take_file(disk.top.map)? }),
+        frozen: disk.frozen.iter().map(|top| take_top(top, fds)).collect::<Result<_, _>>()?,
+        top: Some(take_top(&disk.top, fds)?),
     };
     Stack::open(files, disk.read_only).map_err(|err| WiringError::Disk(index, err))
+}
+
+fn take_top(top: &TopConfig, fds: &mut Fds) -> Result<TopFiles, WiringError> {
+    Ok(TopFiles { data: fds.take_file(top.data)?, map: fds.take_file(top.map)? })
 }
 
 /// The two files of a new top, as they come with a command.

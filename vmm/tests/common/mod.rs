@@ -10,7 +10,9 @@ use std::path::PathBuf;
 use std::process::{Child, Command as Process, Stdio};
 use std::time::{Duration, Instant};
 
-use ovms_config::vm::{BootConfig, ConsoleConfig, DiskConfig, JailConfig, TopConfig, VmConfig, VM_CONFIG_VERSION};
+use ovms_config::vm::{
+    BootConfig, ConsoleConfig, DiskConfig, JailConfig, StartConfig, TopConfig, VmConfig, VM_CONFIG_VERSION,
+};
 use ovms_disk::{Stack, StackFiles, Table, Top, TopFiles};
 use ovms_proto::control::{Answer, Command, Event, ExitReason, FromVmm, Request, Status, Timeline};
 use ovms_proto::{Channel, ChannelError};
@@ -40,7 +42,8 @@ impl Setup {
             vcpus: 1,
             memory: 64 << 20,
             kvm: 0,
-            boot: BootConfig { kernel: 1, initrd: None, cmdline: String::new() },
+            userfault: None,
+            start: StartConfig::Boot(BootConfig { kernel: 1, initrd: None, cmdline: String::new() }),
             disks: Vec::new(),
             console: ConsoleConfig::default(),
             jail: JailConfig {
@@ -57,8 +60,15 @@ impl Setup {
     }
 
     pub fn args(mut self, cmdline: &str) -> Self {
-        self.config.boot.cmdline = cmdline.into();
+        self.boot().cmdline = cmdline.into();
         self
+    }
+
+    fn boot(&mut self) -> &mut BootConfig {
+        match &mut self.config.start {
+            StartConfig::Boot(boot) => boot,
+            StartConfig::Restore(_) => panic!("the machine is restored"),
+        }
     }
 
     pub fn vcpus(mut self, vcpus: u32) -> Self {
@@ -77,7 +87,8 @@ impl Setup {
     }
 
     pub fn initrd(mut self, file: File) -> Self {
-        self.config.boot.initrd = Some(self.fd(file));
+        let initrd = self.fd(file);
+        self.boot().initrd = Some(initrd);
         self
     }
 
@@ -85,7 +96,14 @@ impl Setup {
     pub fn disk(mut self, table: File, data: File, map: File) -> Self {
         let (table, data, map) = (self.fd(table), self.fd(data), self.fd(map));
         let top = TopConfig { data, map };
-        self.config.disks.push(DiskConfig { table, layers: vec![], top, read_only: false, serial: "disk".into() });
+        self.config.disks.push(DiskConfig {
+            table,
+            layers: vec![],
+            frozen: vec![],
+            top,
+            read_only: false,
+            serial: "disk".into(),
+        });
         self
     }
 

@@ -48,7 +48,8 @@ impl Host {
         fs::create_dir(&dir).unwrap();
         let table = dir.join("table");
         Table::empty(1 << 20).unwrap().write_to(&File::create(&table).unwrap()).unwrap();
-        let disk = Disk { virtual_size: 1 << 20, table, layers: Vec::new(), top: None, read_only: false };
+        let disk =
+            Disk { virtual_size: 1 << 20, table, layers: Vec::new(), frozen: Vec::new(), top: None, read_only: false };
         let template = Record {
             version: ovms_bundle::RECORD_VERSION,
             image: None,
@@ -56,6 +57,7 @@ impl Host {
             kernel: Some(guest),
             initrd: None,
             disk: Some(disk),
+            ram: None,
         };
         instantiate(&template, &dir).unwrap()
     }
