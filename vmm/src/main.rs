@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use ovms_config::vm::{StartConfig, VmConfig, VmConfigError, VmSpec};
 use ovms_devices::threads::{Spawner, ThreadKind as DeviceThread};
-use ovms_proto::control::FromVmm;
+use ovms_proto::control::{FailureKind, FromVmm};
 use ovms_proto::{Channel, ChannelError};
 use ovms_vmm::boot::Payload;
 use ovms_vmm::control::Owner;
@@ -86,7 +86,7 @@ fn run() -> ! {
             let message = report::chain(&err);
             tracing::error!("{message}");
             // If the engine is gone, nobody is left to tell.
-            let _ = channel.send(&FromVmm::Failed { message }, &[]);
+            let _ = channel.send(&FromVmm::Failed { kind: FailureKind::Other, message }, &[]);
             exit(STATUS_NOT_BUILT);
         }
     }

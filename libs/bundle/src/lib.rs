@@ -21,7 +21,7 @@ pub mod unpack;
 pub mod worker;
 
 pub use error::{Error, Result};
-pub use open::{create_top, Bundle, DiskFiles};
+pub use open::{create_top, holder, Bundle, DiskFiles, Holder};
 /// The Entrypoint of every image that `ovm build` writes, for those who compare a container's arguments with it.
 pub use ovms_artifact::image::ENTRYPOINT;
 pub use ovms_artifact::manifest::Manifest;

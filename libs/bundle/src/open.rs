@@ -3,7 +3,8 @@
 use std::{
     ffi::OsString,
     fs::{self, File, OpenOptions},
-    os::unix::fs::OpenOptionsExt,
+    io::Read,
+    os::unix::{ffi::OsStrExt, fs::OpenOptionsExt},
     path::{Path, PathBuf},
 };
 
@@ -17,6 +18,37 @@ use crate::{record::Disk, Error, Record, Result, TopPaths};
 
 /// The longest name of a holder that is read back.
 const MAX_HOLDER: usize = 200;
+/// The largest file of a holder that is read back, in bytes: the name, and a path of the longest kind.
+const MAX_HOLDER_FILE: u64 = 8 << 10;
+
+/// Who holds a top, as it says in `<data>.holder`: its name on the first line, the path of its socket on the second. The
+/// file stays when the holder has gone; only the lock tells whether one is there.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Holder {
+    /// What another one who wants the top is told ("machine default/vm1, held by process 123").
+    pub text: String,
+    /// Where the machine's engine can be asked to freeze the top (`ovms_proto::machine`), an absolute path.
+    pub socket: Option<PathBuf>,
+}
+
+impl From<&str> for Holder {
+    fn from(text: &str) -> Self {
+        Self { text: text.to_owned(), socket: None }
+    }
+}
+
+/// Reads who said last that it holds the top with this data file; `None` if nobody has ever.
+#[must_use]
+pub fn holder(data: &Path) -> Option<Holder> {
+    let mut file = Vec::new();
+    File::open(holder_path(data)).ok()?.take(MAX_HOLDER_FILE).read_to_end(&mut file).ok()?;
+    let text = String::from_utf8_lossy(&file);
+    let mut lines = text.lines();
+    let plain = |line: &str| line.chars().filter(|c| !c.is_control()).take(MAX_HOLDER).collect::<String>();
+    let text = plain(lines.next()?);
+    let socket = lines.next().map(PathBuf::from).filter(|path| path.is_absolute());
+    (!text.is_empty()).then_some(Holder { text, socket })
+}
 
 /// A bundle's open files, ready to be passed to a VMM.
 #[derive(Debug)]
@@ -51,16 +83,17 @@ pub struct DiskFiles {
 
 impl Bundle {
     /// Opens everything that the record at `path` names. The top is locked: exclusively, or shared if it is opened
-    /// `read_only`. `holder` is what another one who wants it is told ("machine default/vm1, pid 123").
+    /// `read_only`. `holder` is what another one who wants it is told.
     ///
     /// # Errors
     /// [`Error::InUse`] if another machine holds the top, [`Error::NoTop`] for a template, [`Error::Record`],
     /// [`Error::Io`].
-    pub fn open(path: &Path, holder: &str, read_only: bool) -> Result<Bundle> {
+    pub fn open(path: &Path, holder: impl Into<Holder>, read_only: bool) -> Result<Bundle> {
+        let holder = holder.into();
         let record = Record::load(path)?;
         let kernel = record.kernel.as_deref().map(open_plain).transpose()?;
         let initrd = record.initrd.as_deref().map(open_plain).transpose()?;
-        let disk = record.disk.as_ref().map(|disk| open_disk(disk, path, holder, read_only)).transpose()?;
+        let disk = record.disk.as_ref().map(|disk| open_disk(disk, path, &holder, read_only)).transpose()?;
         Ok(Bundle { record, kernel, initrd, disk })
     }
 }
@@ -76,7 +109,7 @@ impl DiskFiles {
     }
 }
 
-fn open_disk(disk: &Disk, record: &Path, holder: &str, read_only: bool) -> Result<DiskFiles> {
+fn open_disk(disk: &Disk, record: &Path, holder: &Holder, read_only: bool) -> Result<DiskFiles> {
     let read_only = read_only || disk.read_only;
     let top = disk.top.as_ref().ok_or_else(|| Error::NoTop(record.to_owned()))?;
     let mut options = OpenOptions::new();
@@ -104,15 +137,24 @@ fn open_with(options: &OpenOptions, path: &Path) -> Result<File> {
     Ok(file)
 }
 
-fn lock(file: &File, path: &Path, holder: &str, shared: bool) -> Result<()> {
+/// Takes the lock of a top, and says by whom.
+fn lock(file: &File, path: &Path, by: &Holder, shared: bool) -> Result<()> {
     let how = if shared { FlockOperation::NonBlockingLockShared } else { FlockOperation::NonBlockingLockExclusive };
     match flock(file, how) {
         Ok(()) => {}
-        Err(Errno::WOULDBLOCK) => return Err(Error::InUse { path: path.to_owned(), holder: read_holder(path) }),
+        Err(Errno::WOULDBLOCK) => {
+            let holder = holder(path).map_or_else(|| "another process".to_owned(), |holder| holder.text);
+            return Err(Error::InUse { path: path.to_owned(), holder });
+        }
         Err(e) => return Err(Error::io("lock", path)(e.into())),
     }
-    // Only a help for the next one's message, so a failure does not stop a start.
-    let _ = fs::write(holder_path(path), holder.as_bytes());
+    let mut text = by.text.clone().into_bytes();
+    if let Some(socket) = &by.socket {
+        text.push(b'\n');
+        text.extend_from_slice(socket.as_os_str().as_bytes());
+    }
+    // Only a help for the next one, so a failure does not stop a start.
+    let _ = fs::write(holder_path(path), text);
     Ok(())
 }
 
@@ -120,16 +162,6 @@ fn holder_path(data: &Path) -> PathBuf {
     let mut name = OsString::from(data);
     name.push(".holder");
     name.into()
-}
-
-fn read_holder(data: &Path) -> String {
-    let text = fs::read(holder_path(data)).unwrap_or_default();
-    let text: String = String::from_utf8_lossy(&text).chars().filter(|c| !c.is_control()).take(MAX_HOLDER).collect();
-    if text.is_empty() {
-        "another process".into()
-    } else {
-        text
-    }
 }
 
 /// Makes a fresh top for a disk of `size` bytes at these paths, which must not exist. Milliseconds, a few KiB of disk;
@@ -147,4 +179,39 @@ pub fn create_top(paths: &TopPaths, size: u64) -> Result<()> {
     Top::create(&data, &map, size).map_err(Error::disk(&paths.data))?;
     data.sync_all().map_err(Error::io("sync", &paths.data))?;
     map.sync_all().map_err(Error::io("sync", &paths.map))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_holder_is_read_as_it_was_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let paths = TopPaths { data: dir.path().join("data"), map: dir.path().join("map") };
+        create_top(&paths, 1 << 20).unwrap();
+        assert_eq!(holder(&paths.data), None);
+        let cases = [
+            Holder { text: "machine a/b".into(), socket: Some("/run/ovms/machines/a/b/machine.sock".into()) },
+            Holder { text: "a commit".into(), socket: None },
+        ];
+        for by in cases {
+            lock(&File::open(&paths.data).unwrap(), &paths.data, &by, false).unwrap();
+            assert_eq!(holder(&paths.data), Some(by));
+        }
+    }
+
+    #[test]
+    fn holder_strange_file_returns_what_may_be_shown() {
+        let dir = tempfile::tempdir().unwrap();
+        let data = dir.path().join("data");
+        let read = |text: &[u8]| {
+            fs::write(holder_path(&data), text).unwrap();
+            holder(&data)
+        };
+        assert_eq!(read(b""), None);
+        assert_eq!(read(b"\n/run/x"), None);
+        assert_eq!(read(b"\x1b[31mred\nrelative/path"), Some("[31mred".into()));
+        assert_eq!(read(&[b'x'; 100_000]).unwrap().text.len(), MAX_HOLDER);
+    }
 }

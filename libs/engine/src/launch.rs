@@ -6,7 +6,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use ovms_bundle::{Bundle, DiskFiles, Manifest};
+use ovms_bundle::{Bundle, DiskFiles, Holder, Manifest};
 use ovms_config::vm::{
     check_cmdline, BootConfig, ConsoleConfig, DiskConfig, FdIndex, JailConfig, StartConfig, TopConfig, VmConfig,
     VM_CONFIG_VERSION,
@@ -15,6 +15,7 @@ use ovms_config::Settings;
 use ovms_proto::channel::MAX_FDS;
 
 use crate::error::{Error, Kind, Result};
+use crate::record;
 use crate::sizing::{settle, Size};
 use crate::spec::CreateSpec;
 
@@ -38,8 +39,11 @@ impl Packet {
     pub(crate) fn open(spec: &mut CreateSpec, settings: &Settings) -> Result<Self> {
         let mut fds = FdList::default();
         let kvm = fds.push(open_kvm(&settings.paths.kvm)?);
-        let holder = format!("machine {}/{}, held by process {}", spec.namespace, spec.id, std::process::id());
-        let bundle = Bundle::open(&spec.bundle, &holder, spec.read_only).map_err(bundle_error)?;
+        let holder = Holder {
+            text: format!("machine {}/{}, held by process {}", spec.namespace, spec.id, std::process::id()),
+            socket: Some(record::socket(&settings.paths.runtime, &spec.namespace, &spec.id)),
+        };
+        let bundle = Bundle::open(&spec.bundle, holder, spec.read_only).map_err(bundle_error)?;
         let manifest = &bundle.record.manifest;
         check_manifest(manifest)?;
         let wishes = &mut spec.wishes;

@@ -184,7 +184,7 @@ impl Monitor {
                 inner.vmm_steps(timeline.steps.into_iter().take(MAX_STEPS).map(name).collect());
                 inner.change(|shared| shared.configured = true);
             }
-            FromVmm::Failed { message } => {
+            FromVmm::Failed { message, .. } => {
                 if inner.shared().failed.is_some() {
                     return Err("failed twice");
                 }

@@ -207,6 +207,11 @@ pub(crate) fn all(runtime: &Path) -> Vec<Record> {
         .collect()
 }
 
+/// Where a machine's engine listens for other processes.
+pub(crate) fn socket(runtime: &Path, namespace: &str, id: &str) -> PathBuf {
+    dir(runtime, namespace, id).join(ovms_proto::machine::SOCKET)
+}
+
 fn dir(runtime: &Path, namespace: &str, id: &str) -> PathBuf {
     runtime.join("machines").join(namespace).join(id)
 }

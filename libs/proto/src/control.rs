@@ -81,6 +81,9 @@ pub enum FromVmm {
     },
     /// The machine cannot be built, or a fault ends it. The VMM exits after this.
     Failed {
+        /// What the engine should make of it.
+        #[serde(default)]
+        kind: FailureKind,
         /// The whole error chain, outermost first, joined by `: `.
         message: String,
     },
@@ -93,6 +96,18 @@ pub enum FromVmm {
     },
     /// Something happened in the machine.
     Event(Event),
+}
+
+/// Kinds of [`FromVmm::Failed`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FailureKind {
+    /// Any fault.
+    #[default]
+    Other,
+    /// The host lacks what the RAM snapshot was taken with (a feature of the processor, a capability of KVM, a disk of
+    /// another size): the same image may still boot here.
+    Incompatible,
 }
 
 /// A good answer to a [`Command`].

@@ -120,7 +120,7 @@ impl Setup {
     /// Starts the VMM and gives the reason for which it refuses.
     pub fn refused(self) -> String {
         let mut vmm = self.spawn();
-        let FromVmm::Failed { message } = vmm.next() else { panic!("the machine was built") };
+        let FromVmm::Failed { message, .. } = vmm.next() else { panic!("the machine was built") };
         assert_eq!(vmm.child.wait().unwrap().code(), Some(126));
         message
     }

@@ -6,7 +6,7 @@ use std::sync::mpsc;
 use std::sync::Arc;
 
 use ovms_config::settings::JailSettings;
-use ovms_proto::control::{Event, FromVmm, MachineState, Timeline};
+use ovms_proto::control::{Event, FailureKind, FromVmm, MachineState, Timeline};
 use tempfile::TempDir;
 
 use super::*;
@@ -210,7 +210,7 @@ fn each_break_of_the_protocol_ends_that_vmm() {
         (
             |stage| {
                 // What stays unread must fit the socket's buffer: this VMM cannot be killed while it waits.
-                let flood = FromVmm::Failed { message: "x".repeat(100) };
+                let flood = FromVmm::Failed { kind: FailureKind::Other, message: "x".repeat(100) };
                 (0..100).for_each(|_| stage.say(&flood));
             },
             "failed twice",
@@ -236,7 +236,7 @@ fn a_vmm_that_closes_its_socket_and_stays_is_killed() {
 #[test]
 fn the_reason_of_a_failed_vmm_is_its_own() {
     let stage = stage();
-    stage.say(&FromVmm::Failed { message: "the kernel\nis none".into() });
+    stage.say(&FromVmm::Failed { kind: FailureKind::Other, message: "the kernel\nis none".into() });
     assert_eq!(stage.fault(), "the kernelis none");
 }
 
