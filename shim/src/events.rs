@@ -44,6 +44,8 @@ pub enum Event {
     Paused(messages::TaskPaused),
     /// Task goes on.
     Resumed(messages::TaskResumed),
+    /// Task was saved to a directory.
+    Checkpointed(messages::TaskCheckpointed),
 }
 
 impl Event {
@@ -57,6 +59,7 @@ impl Event {
             Self::Delete(_) => "/tasks/delete",
             Self::Paused(_) => "/tasks/paused",
             Self::Resumed(_) => "/tasks/resumed",
+            Self::Checkpointed(_) => "/tasks/checkpointed",
         }
     }
 
@@ -69,6 +72,7 @@ impl Event {
             Self::Delete(event) => any("containerd.events.TaskDelete", event),
             Self::Paused(event) => any("containerd.events.TaskPaused", event),
             Self::Resumed(event) => any("containerd.events.TaskResumed", event),
+            Self::Checkpointed(event) => any("containerd.events.TaskCheckpointed", event),
         }
     }
 }
@@ -272,6 +276,7 @@ mod tests {
             (Event::Delete(Default::default()), messages::TaskDelete::descriptor()),
             (Event::Paused(Default::default()), messages::TaskPaused::descriptor()),
             (Event::Resumed(Default::default()), messages::TaskResumed::descriptor()),
+            (Event::Checkpointed(Default::default()), messages::TaskCheckpointed::descriptor()),
         ];
         for (event, descriptor) in events {
             assert_eq!(event.any().type_url, descriptor.full_name());

@@ -30,6 +30,13 @@ pub struct Exit {
     pub oom: bool,
 }
 
+/// How a machine is saved.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Save {
+    /// Leave the vCPUs standing afterwards, since the machine is about to be ended.
+    pub stop: bool,
+}
+
 /// One machine. It is made with its VMM process alive and its vCPUs standing still.
 pub trait Instance: Send + Sync + 'static {
     /// The VMM's process id on the host.
@@ -59,6 +66,13 @@ pub trait Instance: Send + Sync + 'static {
     /// When the VMM fails.
     fn resume(&self) -> Result<()>;
 
+    /// Saves all of the machine into `dir`, an empty directory; the vCPUs then do what they did before unless `how` says
+    /// otherwise. It is asked every now and then whether that is still wanted.
+    ///
+    /// # Errors
+    /// When it is not wanted any more, the disk is full or the VMM fails. The machine goes on and the directory is empty.
+    fn save(&self, dir: &Path, how: Save, wanted: &(dyn Fn() -> bool + Sync)) -> Result<()>;
+
     /// Tells the guest the size of its console in characters.
     ///
     /// # Errors
@@ -87,6 +101,19 @@ pub trait Instance: Send + Sync + 'static {
     fn delete(&self) -> Result<()>;
 }
 
+/// What a container's machine is to be made from.
+#[derive(Clone, Copy, Debug)]
+pub struct Rootfs<'a> {
+    /// containerd's namespace.
+    pub namespace: &'a str,
+    /// The container's id.
+    pub id: &'a str,
+    /// Source directory of the rootfs mount.
+    pub source: &'a Path,
+    /// Directory of a checkpoint to go on from. Whoever gave it may remove it once the container is created.
+    pub checkpoint: Option<&'a Path>,
+}
+
 /// A rootfs mount that has turned out to be a machine's.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Image {
@@ -98,12 +125,11 @@ pub struct Image {
 
 /// Makes machines.
 pub trait Maker: Send + Sync + 'static {
-    /// Turns the rootfs mount with source directory `source` into something to start from; `progress` gets a sentence
-    /// for each step.
+    /// Turns a rootfs mount into something to start from; `progress` gets a sentence for each step.
     ///
     /// # Errors
-    /// When the directory is not that of a virtual machine image.
-    fn resolve(&self, namespace: &str, id: &str, source: &Path, progress: &dyn Fn(&str)) -> Result<Image>;
+    /// When the directory is not that of a virtual machine image, or the checkpoint none of such a machine.
+    fn resolve(&self, rootfs: &Rootfs, progress: &dyn Fn(&str)) -> Result<Image>;
 
     /// Makes a machine from `record`. The calling thread lives until the machine has ended.
     ///

@@ -7,7 +7,7 @@ use ovms_config::Settings;
 use ovms_engine::{CreateSpec, Engine, Limits, Machine, Stats};
 
 use crate::error::{Error, Kind, Result};
-use crate::instance::{Exit, Image, Instance, Maker, Press};
+use crate::instance::{Exit, Image, Instance, Maker, Press, Rootfs, Save};
 use crate::resolve::resolve;
 
 /// Makes machines with the engine.
@@ -25,9 +25,9 @@ impl EngineMaker {
 }
 
 impl Maker for EngineMaker {
-    fn resolve(&self, namespace: &str, id: &str, source: &Path, progress: &dyn Fn(&str)) -> Result<Image> {
+    fn resolve(&self, rootfs: &Rootfs, progress: &dyn Fn(&str)) -> Result<Image> {
         let own_args = [ovms_bundle::ENTRYPOINT.to_owned()];
-        resolve(&self.settings.paths.bundle_socket, namespace, id, source, &own_args, progress)
+        resolve(&self.settings.paths.bundle_socket, rootfs, &own_args, progress)
     }
 
     fn create(&self, mut spec: CreateSpec, record: &Path) -> Result<Arc<dyn Instance>> {
@@ -61,6 +61,10 @@ impl Instance for EngineMachine {
 
     fn resume(&self) -> Result<()> {
         Ok(self.0.resume()?)
+    }
+
+    fn save(&self, _dir: &Path, _how: Save, _wanted: &(dyn Fn() -> bool + Sync)) -> Result<()> {
+        Err(Error::new(Kind::Unimplemented, "the engine takes no RAM snapshots yet"))
     }
 
     fn resize(&self, columns: u16, rows: u16) -> Result<()> {

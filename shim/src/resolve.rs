@@ -7,20 +7,13 @@ use std::path::Path;
 use ovms_proto::bundle::{read_line, write_line, FromSnapshotter, RefusalKind, ToSnapshotter};
 
 use crate::error::{Error, Kind, Result};
-use crate::instance::Image;
+use crate::instance::{Image, Rootfs};
 
 /// Waits for as long as the snapshotter has something to do; containerd's own deadline ends it.
 ///
 /// # Errors
 /// [`Kind::Unavailable`] if the snapshotter does not answer, else what it says.
-pub fn resolve(
-    socket: &Path,
-    namespace: &str,
-    id: &str,
-    source: &Path,
-    own_args: &[String],
-    progress: &dyn Fn(&str),
-) -> Result<Image> {
+pub fn resolve(socket: &Path, rootfs: &Rootfs, own_args: &[String], progress: &dyn Fn(&str)) -> Result<Image> {
     let down = |e| {
         let message = format!(
             "the ovms snapshotter does not answer on {}: is ovms-snapshotter running (`systemctl start \
@@ -31,10 +24,10 @@ pub fn resolve(
     };
     let mut stream = UnixStream::connect(socket).map_err(down)?;
     let request = ToSnapshotter::Resolve {
-        namespace: namespace.into(),
-        container: id.into(),
-        source: source.to_owned(),
-        checkpoint: None,
+        namespace: rootfs.namespace.into(),
+        container: rootfs.id.into(),
+        source: rootfs.source.to_owned(),
+        checkpoint: rootfs.checkpoint.map(Path::to_owned),
     };
     write_line(&mut stream, &request).map_err(down)?;
     let mut answers = BufReader::new(stream);
@@ -84,7 +77,7 @@ mod tests {
                     namespace: "default".into(),
                     container: "vm1".into(),
                     source: "/s/7".into(),
-                    checkpoint: None
+                    checkpoint: Some("/run/ctrd-checkpoint1".into())
                 }
             );
             for answer in answers {
@@ -95,7 +88,9 @@ mod tests {
     }
 
     fn ask(socket: &Path, progress: &dyn Fn(&str)) -> Result<Image> {
-        resolve(socket, "default", "vm1", Path::new("/s/7"), &["/ovm/boot".into()], progress)
+        let checkpoint = Some(Path::new("/run/ctrd-checkpoint1"));
+        let rootfs = Rootfs { namespace: "default", id: "vm1", source: Path::new("/s/7"), checkpoint };
+        resolve(socket, &rootfs, &["/ovm/boot".into()], progress)
     }
 
     #[test]

@@ -12,18 +12,22 @@ use containerd_shim_protos::api::{
     ProcessInfo, ResizePtyRequest, ResumeRequest, ShutdownRequest, StartRequest, StartResponse, StateRequest,
     StateResponse, StatsRequest, StatsResponse, Status as ApiStatus, UpdateTaskRequest, WaitRequest, WaitResponse,
 };
-use containerd_shim_protos::protobuf::MessageField;
+use containerd_shim_protos::protobuf::{Message, MessageField};
+use containerd_shim_protos::shim::oci::CheckpointOptions;
 use containerd_shim_protos::shim_async::{create_task, Task};
 use ttrpc::asynchronous::{Service as TtrpcService, TtrpcContext};
 
 use crate::error::{Error, Kind, Result};
 use crate::events::timestamp;
 use crate::stdio::Stdio;
-use crate::task::{CreateRequest, Snapshot, Status, Tasks};
+use crate::task::{CheckpointRequest, CreateRequest, Snapshot, Status, Tasks};
 
 /// The names under which the same service answers: containerd up to 2.2 and for plain addresses speaks v2, v3 differs
 /// in its name alone.
 const NAMES: [&str; 2] = ["containerd.task.v2.Task", "containerd.task.v3.Task"];
+
+/// Name of the options of a checkpoint.
+const CHECKPOINT_OPTIONS: &str = "containerd.runc.v1.CheckpointOptions";
 
 /// The task service as ttrpc knows it.
 pub struct Service {
@@ -104,7 +108,8 @@ impl Task for Service {
     }
 
     async fn checkpoint(&self, _ctx: &TtrpcContext, req: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
-        self.tasks.checkpoint(&req.id)?;
+        let request = checkpoint_request(&req)?;
+        self.whole(|tasks| async move { tasks.checkpoint(&req.id, request).await }).await?;
         Ok(Empty::default())
     }
 
@@ -165,6 +170,24 @@ impl Task for Service {
     }
 }
 
+/// The options are runc's whatever the runtime is; containerd 1.7 sends none.
+fn checkpoint_request(req: &CheckpointTaskRequest) -> Result<CheckpointRequest> {
+    let mut request = CheckpointRequest { dir: req.path.clone().into(), exit: false };
+    let Some(options) = req.options.as_ref().filter(|options| !options.value.is_empty()) else { return Ok(request) };
+    let name = options.type_url.rsplit('/').next().unwrap_or_default();
+    if name != CHECKPOINT_OPTIONS {
+        let message = format!("options of type {name:?} are not known for a checkpoint: leave them out");
+        return Err(Error::new(Kind::Invalid, message));
+    }
+    let options = CheckpointOptions::parse_from_bytes(&options.value)
+        .map_err(|e| Error::caused("the options of the checkpoint cannot be read", e).of_kind(Kind::Invalid))?;
+    if !options.image_path.is_empty() {
+        request.dir = options.image_path.into();
+    }
+    request.exit = options.exit;
+    Ok(request)
+}
+
 fn state_response(req: StateRequest, snapshot: Snapshot) -> StateResponse {
     let status = match snapshot.status {
         Status::Created => ApiStatus::CREATED,
@@ -186,5 +209,40 @@ fn state_response(req: StateRequest, snapshot: Snapshot) -> StateResponse {
         exit_status: snapshot.exit.map_or(0, |exit| exit.status),
         exited_at: snapshot.exit.map(|exit| timestamp(exit.at)).into(),
         ..Default::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::events::any;
+
+    fn asked(options: Option<containerd_shim_protos::protobuf::well_known_types::any::Any>) -> CheckpointTaskRequest {
+        CheckpointTaskRequest { path: "/tmp/ctrd-checkpoint1".into(), options: options.into(), ..Default::default() }
+    }
+
+    #[test]
+    fn a_checkpoint_without_options_fills_the_path() {
+        let request = checkpoint_request(&asked(None)).unwrap();
+        assert_eq!(request, CheckpointRequest { dir: "/tmp/ctrd-checkpoint1".into(), exit: false });
+        let empty = any(CHECKPOINT_OPTIONS, &CheckpointOptions::default());
+        assert_eq!(checkpoint_request(&asked(Some(empty))).unwrap(), request);
+    }
+
+    #[test]
+    fn the_options_of_a_checkpoint_name_a_directory_and_an_exit() {
+        let options = CheckpointOptions { exit: true, image_path: "/srv/vm1".into(), ..Default::default() };
+        let request = checkpoint_request(&asked(Some(any(CHECKPOINT_OPTIONS, &options)))).unwrap();
+        assert_eq!(request, CheckpointRequest { dir: "/srv/vm1".into(), exit: true });
+    }
+
+    #[test]
+    fn checkpoint_with_strange_options_returns_invalid() {
+        let options = CheckpointOptions { exit: true, ..Default::default() };
+        let mut broken = any(CHECKPOINT_OPTIONS, &options);
+        broken.value = vec![0xff];
+        for options in [any("acme.CheckpointOptions", &options), broken] {
+            assert_eq!(checkpoint_request(&asked(Some(options))).unwrap_err().kind(), Kind::Invalid);
+        }
     }
 }

@@ -36,6 +36,10 @@ pub struct Plan {
     pub cgroups_path: Option<String>,
     /// Appended to the kernel's command line.
     pub kernel_args: Option<String>,
+    /// Boot, whatever RAM the image carries.
+    pub cold: bool,
+    /// Boot if this host cannot resume the image's RAM.
+    pub boot_if_incompatible: bool,
     /// The guest may not write to its disks.
     pub read_only: bool,
     /// Name of the VMM's UTS namespace.
@@ -78,13 +82,15 @@ fn plan(spec: &Value, bundle: &Path) -> Result<Plan> {
     let mut warnings = walk::check(spec)?;
     let (size, limits) = resources::read(spec)?;
     let mut wishes = size;
-    let kernel_args = annotations::read(spec, &mut wishes)?;
+    let annotations = annotations::read(spec, &mut wishes)?;
     let netns = network_namespace(spec, &mut warnings)?;
     Ok(Plan {
         wishes,
         limits,
         cgroups_path: field::<String>(spec, "/linux/cgroupsPath")?.filter(|path| !path.is_empty()),
-        kernel_args,
+        kernel_args: annotations.kernel_args,
+        cold: annotations.cold,
+        boot_if_incompatible: annotations.boot_if_incompatible,
         read_only: field(spec, "/root/readonly")?.unwrap_or_default(),
         hostname: field(spec, "/hostname")?.unwrap_or_default(),
         netns,

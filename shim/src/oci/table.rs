@@ -63,7 +63,7 @@ pub(super) const ROWS: &[Row] = &[
     row("hostname", Applied, "name of the VMM's own UTS namespace; the guest sets its own"),
     row("domainname", Ignored, "the guest sets its own"),
     row("mounts", Refused(mounts::refusal), "the default file systems, resolv.conf, hosts, hostname, /dev/shm, the termination log and the service account are ignored; any other mount is refused by its destination, since without an agent it would be missing in the guest"),
-    row("annotations", Applied, "`io.ovms.vcpus`, `io.ovms.memory` and `io.ovms.kernel-args` are applied, any other `io.ovms.*` is refused, all are handed on to hooks"),
+    row("annotations", Applied, "`io.ovms.vcpus`, `io.ovms.memory`, `io.ovms.kernel-args`, `io.ovms.boot=cold` and `io.ovms.on-incompatible=boot` are applied, any other `io.ovms.*` is refused, all are handed on to hooks"),
     row("hooks.prestart", Applied, "run with createRuntime"),
     row("hooks.createRuntime", Applied, "run once the VMM lives in its network namespace, before Create returns"),
     row("hooks.createContainer", Refused(|_, _| Some("a virtual machine has no container namespaces to run it in".into())), "would run in the container's namespaces"),

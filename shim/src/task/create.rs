@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Instant;
 
 use containerd_shim_protos::events::task::{TaskCreate, TaskIO};
 use containerd_shim_protos::protobuf::MessageField;
@@ -15,7 +16,7 @@ use super::container::Container;
 use super::{Slot, Tasks};
 use crate::error::{Error, Kind, Result};
 use crate::events::Event;
-use crate::instance::Press;
+use crate::instance::{Press, Rootfs};
 use crate::oci::{self, Plan};
 use crate::stdio::{Stdio, Streams};
 
@@ -65,16 +66,17 @@ impl Tasks {
     }
 
     fn make(&self, request: &Request) -> Result<Arc<Container>> {
-        if !request.checkpoint.is_empty() {
-            return Err(Error::new(Kind::Unimplemented, "this version of ovms starts no machine from a checkpoint"));
-        }
         let plan = oci::read(&request.bundle)?;
         for warning in &plan.warnings {
             warn!(id = request.id, "{warning}");
         }
         let source = rootfs_source(&request.rootfs)?;
         let progress = |step: &str| info!(id = request.id, "{step}");
-        let image = self.maker.resolve(&self.namespace, &request.id, &source, &progress)?;
+        let checkpoint = Some(Path::new(&request.checkpoint)).filter(|dir| !dir.as_os_str().is_empty());
+        let rootfs = Rootfs { namespace: &self.namespace, id: &request.id, source: &source, checkpoint };
+        let began = Instant::now();
+        let image = self.maker.resolve(&rootfs, &progress)?;
+        info!(id = request.id, micros = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX), "resolved");
         check_args(&plan.args, &image.args)?;
         let _making = self.begin()?;
         let (streams, console) = Streams::open(&request.stdio, &self.namespace, &request.id)?;
@@ -229,6 +231,7 @@ fn created(request: &Request, pid: u32) -> Event {
         bundle: path_text(&request.bundle),
         rootfs: request.rootfs.clone(),
         io: MessageField::some(TaskIO { stdin, stdout, stderr, terminal, ..Default::default() }),
+        checkpoint: request.checkpoint.clone(),
         pid,
         ..Default::default()
     })

@@ -35,6 +35,7 @@ use crate::error::{Error, Kind, Result};
 use crate::events::Events;
 use crate::instance::Maker;
 
+pub use self::checkpoint::Request as CheckpointRequest;
 pub use self::container::Status;
 pub use self::create::Request as CreateRequest;
 pub use self::state::Snapshot;

@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 use ovms_engine::{CgroupVersion, CreateSpec, Limits, Stats};
 
 use crate::error::{Error, Kind, Result};
-use crate::instance::{Exit, Image, Instance, Maker, Press};
+use crate::instance::{Exit, Image, Instance, Maker, Press, Rootfs, Save};
 
 pub(super) const PID: u32 = 4242;
 
@@ -18,6 +18,19 @@ struct State {
     spec: Option<CreateSpec>,
     start_takes: Duration,
     fail_create: Option<Kind>,
+    save: Saving,
+}
+
+/// What comes of a save.
+#[derive(Clone, Copy, Default, PartialEq)]
+pub(super) enum Saving {
+    /// The directory is filled.
+    #[default]
+    Works,
+    /// The disk is full.
+    Fails,
+    /// It takes until nobody wants it any more.
+    Hangs,
 }
 
 #[derive(Clone, Default)]
@@ -51,6 +64,11 @@ impl Stub {
         self.change(|state| state.fail_create = Some(kind));
     }
 
+    /// What comes of a save from now on.
+    pub(super) fn saving(&self, saving: Saving) {
+        self.change(|state| state.save = saving);
+    }
+
     /// What it was asked, in order.
     pub(super) fn asked(&self) -> Vec<String> {
         self.change(|state| state.asked.clone())
@@ -63,9 +81,12 @@ impl Stub {
 }
 
 impl Maker for Stub {
-    fn resolve(&self, _namespace: &str, _id: &str, source: &Path, progress: &dyn Fn(&str)) -> Result<Image> {
+    fn resolve(&self, rootfs: &Rootfs, progress: &dyn Fn(&str)) -> Result<Image> {
         progress("resolving");
-        Ok(Image { record: source.join("bundle.json"), args: vec!["/ovm/boot".into()] })
+        if let Some(checkpoint) = rootfs.checkpoint {
+            self.note(format!("resolve {} over {}", checkpoint.display(), rootfs.source.display()));
+        }
+        Ok(Image { record: rootfs.source.join("bundle.json"), args: vec!["/ovm/boot".into()] })
     }
 
     fn create(&self, spec: CreateSpec, record: &Path) -> Result<Arc<dyn Instance>> {
@@ -106,6 +127,20 @@ impl Instance for Stub {
     fn resume(&self) -> Result<()> {
         self.note("resume");
         Ok(())
+    }
+
+    fn save(&self, dir: &Path, how: Save, wanted: &(dyn Fn() -> bool + Sync)) -> Result<()> {
+        self.note(format!("save stop={}", how.stop));
+        match self.change(|state| state.save) {
+            Saving::Works => std::fs::write(dir.join("ram"), "all of it").map_err(|e| Error::caused("no", e)),
+            Saving::Fails => Err(Error::new(Kind::Internal, "the disk is full")),
+            Saving::Hangs => {
+                while wanted() {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                Err(Error::new(Kind::Internal, "nobody wants it"))
+            }
+        }
     }
 
     fn resize(&self, columns: u16, rows: u16) -> Result<()> {

@@ -7,9 +7,9 @@ use serde_json::{json, Value};
 use tempfile::TempDir;
 use tokio::sync::{mpsc, Notify};
 
-use super::stub::{Stub, PID};
+use super::stub::{Saving, Stub, PID};
 use super::*;
-use crate::events::Item;
+use crate::events::{Event, Item};
 use crate::stdio::Stdio;
 
 struct Bed {
@@ -46,6 +46,11 @@ impl Bed {
 
     async fn created(&self) {
         assert_eq!(self.tasks.create(self.request(|_| ())).await.unwrap(), PID);
+    }
+
+    /// A request for a directory that is not there yet.
+    fn checkpoint(&self, exit: bool) -> CheckpointRequest {
+        CheckpointRequest { dir: self.dir.path().join("checkpoint"), exit }
     }
 
     fn topics(&mut self) -> Vec<&'static str> {
@@ -230,13 +235,12 @@ async fn a_created_machine_can_be_killed_and_deleted() {
 }
 
 #[tokio::test]
-async fn exec_and_checkpoint_say_why_not() {
+async fn exec_says_why_not() {
     let bed = bed();
     bed.created().await;
     let exec = bed.tasks.exec("vm1").unwrap_err();
     assert_eq!(exec.kind(), Kind::Unimplemented);
     assert!(exec.chain().contains("no agent"), "{}", exec.chain());
-    assert_eq!(bed.tasks.checkpoint("vm1").unwrap_err().kind(), Kind::Unimplemented);
     assert_eq!(bed.tasks.state("vm1", "shell").unwrap_err().kind(), Kind::NotFound);
     assert_eq!(bed.tasks.start("vm1", "shell").await.unwrap_err().kind(), Kind::NotFound);
     assert_eq!(bed.tasks.exec("vm2").unwrap_err().kind(), Kind::NotFound);
@@ -330,4 +334,103 @@ async fn close_waits_for_a_machine_that_is_being_made_and_has_it_undone() {
     bed.tasks.close().await;
     assert_eq!(bed.stub.asked(), ["create /snapshots/7/bundle.json", "Kill", "delete"]);
     assert_eq!(creating.await.unwrap().unwrap_err().kind(), Kind::Unavailable);
+}
+
+#[tokio::test]
+async fn a_checkpoint_leaves_running_machines_running_and_paused_ones_paused() {
+    let mut bed = bed();
+    bed.created().await;
+    bed.tasks.start("vm1", "").await.unwrap();
+    let request = bed.checkpoint(false);
+    bed.tasks.checkpoint("vm1", request.clone()).await.unwrap();
+    assert_eq!(bed.tasks.state("vm1", "").unwrap().status, Status::Running);
+
+    bed.tasks.pause("vm1").await.unwrap();
+    fs::remove_file(request.dir.join("ram")).unwrap();
+    bed.tasks.checkpoint("vm1", request.clone()).await.unwrap();
+
+    assert_eq!(bed.tasks.state("vm1", "").unwrap().status, Status::Paused);
+    assert_eq!(
+        bed.topics(),
+        ["/tasks/create", "/tasks/start", "/tasks/checkpointed", "/tasks/paused", "/tasks/checkpointed"]
+    );
+    assert!(request.dir.join("ram").exists());
+}
+
+#[tokio::test]
+async fn a_checkpoint_with_exit_ends_the_machine_after_it_is_saved() {
+    let mut bed = bed();
+    bed.created().await;
+    bed.tasks.start("vm1", "").await.unwrap();
+
+    bed.tasks.checkpoint("vm1", bed.checkpoint(true)).await.unwrap();
+
+    assert_eq!(bed.tasks.wait("vm1", "").await.unwrap().status, 137);
+    assert_eq!(bed.topics(), ["/tasks/create", "/tasks/start", "/tasks/checkpointed", "/tasks/exit"]);
+    assert_eq!(bed.stub.asked()[1..], ["start", "save stop=true", "Kill"]);
+}
+
+#[tokio::test]
+async fn checkpoint_failed_leaves_the_machine_and_no_directory() {
+    let mut bed = bed();
+    bed.created().await;
+    let request = bed.checkpoint(true);
+    let err = bed.tasks.checkpoint("vm1", request.clone()).await.unwrap_err();
+    assert_eq!(err.kind(), Kind::Precondition);
+    bed.tasks.start("vm1", "").await.unwrap();
+    bed.stub.saving(Saving::Fails);
+
+    let err = bed.tasks.checkpoint("vm1", request.clone()).await.unwrap_err();
+
+    assert!(err.chain().contains("the disk is full"), "{}", err.chain());
+    assert_eq!(bed.tasks.state("vm1", "").unwrap().status, Status::Running);
+    assert!(!request.dir.exists());
+    assert_eq!(bed.topics(), ["/tasks/create", "/tasks/start"]);
+}
+
+#[tokio::test]
+async fn a_checkpoint_whose_directory_is_taken_away_is_given_up() {
+    let bed = bed();
+    bed.created().await;
+    bed.tasks.start("vm1", "").await.unwrap();
+    bed.stub.saving(Saving::Hangs);
+    let request = bed.checkpoint(false);
+    fs::create_dir(&request.dir).unwrap();
+    let (tasks, dir) = (bed.tasks.clone(), request.dir.clone());
+    let saving = tokio::spawn(async move { tasks.checkpoint("vm1", request).await });
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    assert!(!saving.is_finished());
+
+    fs::remove_dir(&dir).unwrap();
+
+    let err = saving.await.unwrap().unwrap_err();
+    assert!(err.chain().contains("nobody wants it"), "{}", err.chain());
+    assert_eq!(bed.tasks.state("vm1", "").unwrap().status, Status::Running);
+}
+
+#[tokio::test]
+async fn checkpoint_into_a_full_or_relative_directory_returns_invalid() {
+    let bed = bed();
+    bed.created().await;
+    bed.tasks.start("vm1", "").await.unwrap();
+    let full = CheckpointRequest { dir: bed.dir.path().into(), exit: false };
+    let err = bed.tasks.checkpoint("vm1", full).await.unwrap_err();
+    assert_eq!(err.kind(), Kind::Invalid);
+    assert!(err.chain().contains("is not empty"), "{}", err.chain());
+    let relative = CheckpointRequest { dir: "checkpoint".into(), exit: false };
+    assert_eq!(bed.tasks.checkpoint("vm1", relative).await.unwrap_err().kind(), Kind::Invalid);
+    assert_eq!(bed.stub.asked()[1..], ["start"]);
+}
+
+#[tokio::test]
+async fn create_from_a_checkpoint_hands_it_on_and_tells_it() {
+    let mut bed = bed();
+    let checkpoint = "/run/ctrd-checkpoint1".to_owned();
+    let request = CreateRequest { checkpoint: checkpoint.clone(), ..bed.request(|_| ()) };
+
+    bed.tasks.create(request).await.unwrap();
+
+    assert_eq!(bed.stub.asked()[0], "resolve /run/ctrd-checkpoint1 over /snapshots/7");
+    let Ok(Item::Event(_, Event::Create(event))) = bed.events.try_recv() else { panic!("no event of the creation") };
+    assert_eq!(event.checkpoint, checkpoint);
 }
