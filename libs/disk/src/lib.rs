@@ -25,6 +25,7 @@
 mod error;
 pub mod layer;
 mod map;
+mod merge;
 pub mod qcow2;
 mod source;
 mod stack;

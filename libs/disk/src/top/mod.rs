@@ -10,6 +10,7 @@
 //! So at any crash every block has the content of its last flush, or of a later write.
 
 mod blocks;
+mod from_layer;
 mod range_lock;
 #[cfg(test)]
 mod tests;
