@@ -44,6 +44,9 @@ pub struct Record {
 pub struct Ram {
     /// Digest of the RAM blob.
     pub digest: String,
+    /// Digests of the RAM blobs that it needs below it, the nearest first; empty if it is whole.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub parents: Vec<String>,
     /// Head and sections.
     pub state: PathBuf,
     /// The memory.
@@ -91,21 +94,27 @@ impl Record {
     /// # Errors
     /// [`Error::Io`], [`Error::Record`].
     pub fn load(path: &Path) -> Result<Record> {
+        let mut record = Self::read(path)?;
+        let dir = path.parent().unwrap_or(Path::new("."));
+        let dir = if dir.as_os_str().is_empty() { Path::new(".") } else { dir };
+        let dir = std::path::absolute(dir).map_err(Error::io("read", path))?;
+        record.each_path(|p| *p = dir.join(&*p));
+        Ok(record)
+    }
+
+    /// Reads a record with its paths as they are written there.
+    pub(crate) fn read(path: &Path) -> Result<Record> {
         let bad = |why: String| Error::Record { path: path.to_owned(), why };
         let length = fs::metadata(path).map_err(Error::io("read", path))?.len();
         if length > MAX_RECORD {
             return Err(bad(format!("it has {length} bytes, more than {MAX_RECORD}")));
         }
         let text = fs::read(path).map_err(Error::io("read", path))?;
-        let mut record: Record = serde_json::from_slice(&text).map_err(|e| bad(e.to_string()))?;
+        let record: Record = serde_json::from_slice(&text).map_err(|e| bad(e.to_string()))?;
         if record.version != RECORD_VERSION {
             let found = record.version;
             return Err(bad(format!("it has format version {found}, this program reads version {RECORD_VERSION}")));
         }
-        let dir = path.parent().unwrap_or(Path::new("."));
-        let dir = if dir.as_os_str().is_empty() { Path::new(".") } else { dir };
-        let dir = std::path::absolute(dir).map_err(Error::io("read", path))?;
-        record.each_path(|p| *p = dir.join(&*p));
         Ok(record)
     }
 
