@@ -38,7 +38,7 @@ mod top;
 pub use error::{Error, Result};
 pub use map::{Extent, LayerMap, State};
 pub use source::ReadAt;
-pub use stack::{Stack, StackFiles, TopFiles};
+pub use stack::{NextTop, Stack, StackFiles, TopFiles};
 pub use table::{Table, TableExtent};
 pub use top::Top;
 

@@ -27,6 +27,10 @@ pub struct TopFiles {
     pub map: File,
 }
 
+/// A top that is ready to be stacked on a disk, see [`Stack::next_top`].
+#[derive(Debug)]
+pub struct NextTop(Top);
+
 /// The files of a stack, as they are passed into the VMM's jail.
 #[derive(Debug)]
 pub struct StackFiles {
@@ -245,16 +249,34 @@ impl Stack {
         self.change(offset, bufs.len(), |top, below| top.write(offset, bufs, below))
     }
 
-    /// Makes every write that had completed before the call durable: the data first, then the map.
+    /// Makes every write that had completed before the call durable: the data first, then the map; in a top that was
+    /// frozen since first, then in the one in use.
     ///
     /// # Errors
     /// A file cannot be synced; the disk refuses writes from then on, since the kernel may have dropped what it could
     /// not write.
     pub fn flush(&self) -> Result<()> {
-        match self.shared().last() {
+        let tops = self.shared();
+        self.flush_frozen_of(&tops)?;
+        match tops.last() {
             Some(top) if self.writable => top.flush(),
             _ => Ok(()),
         }
+    }
+
+    /// The second half of a freeze that [`Stack::push`] began: makes durable what was written to the frozen tops. A
+    /// [`Stack::flush`] does it too.
+    ///
+    /// # Errors
+    /// As [`Stack::flush`].
+    pub fn flush_frozen(&self) -> Result<()> {
+        self.flush_frozen_of(&self.shared())
+    }
+
+    /// Tops that were flushed before they were frozen, or opened frozen, have nothing to flush.
+    fn flush_frozen_of(&self, tops: &[Top]) -> Result<()> {
+        let (true, Some((top, frozen))) = (self.writable, tops.split_last()) else { return Ok(()) };
+        frozen.iter().try_for_each(Top::flush).inspect_err(|_| top.poison())
     }
 
     /// Gives up the content of a range; whole 4 KiB blocks read as zeros afterwards, the rest is kept.
@@ -302,10 +324,43 @@ impl Stack {
     /// # Errors
     /// The flush failed, the new top does not fit, or the disk is read-only; the old top then stays in use.
     pub fn freeze(&self, new_top: TopFiles) -> Result<()> {
-        let new = Top::open(new_top.data, new_top.map)?;
+        let new = self.next_top(new_top)?;
         // Most of the data goes out before anyone has to wait.
         self.flush()?;
         let mut tops = self.exclusive();
+        self.check_next(&tops, &new)?;
+        self.flush_frozen_of(&tops)?;
+        if let Some(top) = tops.last() {
+            top.flush()?;
+        }
+        tops.push(new.0);
+        Ok(())
+    }
+
+    /// Opens a new, empty top for this disk, to be stacked by [`Stack::push`].
+    ///
+    /// # Errors
+    /// The new top does not fit, or the disk is read-only.
+    pub fn next_top(&self, files: TopFiles) -> Result<NextTop> {
+        let new = NextTop(Top::open(files.data, files.map)?);
+        self.check_next(&self.shared(), &new)?;
+        Ok(new)
+    }
+
+    /// The first half of a freeze, which makes no system call: stacks `new` on the top in use. Waits for the requests
+    /// that are under way; those that follow go to the new top, and the old one's content never changes again. Its files
+    /// hold it after the next [`Stack::flush_frozen`] or [`Stack::flush`]; a flush that the guest asks for covers both.
+    ///
+    /// # Errors
+    /// The new top does not fit any more, or the disk is read-only; the old top then stays in use.
+    pub fn push(&self, new: NextTop) -> Result<()> {
+        let mut tops = self.exclusive();
+        self.check_next(&tops, &new)?;
+        tops.push(new.0);
+        Ok(())
+    }
+
+    fn check_next(&self, tops: &[Top], NextTop(new): &NextTop) -> Result<()> {
         let (true, Some(top)) = (self.writable, tops.last()) else {
             return Err(Error::ReadOnly);
         };
@@ -313,8 +368,6 @@ impl Stack {
             let what = format!("it is for a disk of {} bytes, this one has {}", new.size(), top.size());
             return Err(Error::BadFile { file: "new top", what });
         }
-        top.flush()?;
-        tops.push(new);
         Ok(())
     }
 

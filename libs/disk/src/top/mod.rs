@@ -262,6 +262,11 @@ impl Top {
         Ok(())
     }
 
+    /// Refuses every change from now on: a top below could not be made durable.
+    pub(crate) fn poison(&self) {
+        self.poisoned.store(true, Ordering::Release);
+    }
+
     #[cfg(test)]
     pub(crate) fn loaded_chunks(&self) -> usize {
         self.map.loaded()

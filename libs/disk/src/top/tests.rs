@@ -169,6 +169,57 @@ fn frozen_top_never_changes_again() {
 }
 
 #[test]
+fn flush_after_push_makes_both_tops_durable() {
+    let dir = tempfile::tempdir().unwrap();
+    let stack = stack(dir.path(), 1 << 20, 9);
+    stack.write_at(0, &[1; 8192]).unwrap();
+    let next = stack.next_top(new_top(dir.path(), "next", 1 << 20)).unwrap();
+    stack.push(next).unwrap();
+    stack.write_at(4096, &[2; 4096]).unwrap();
+    let durable = || read(&open(dir.path(), &["top", "next"]), 0, 8192);
+    assert!(durable().iter().all(|b| *b == 9), "nothing has been flushed yet");
+    stack.flush().unwrap();
+    let got = durable();
+    assert!(got[..4096].iter().all(|b| *b == 1) && got[4096..].iter().all(|b| *b == 2));
+}
+
+#[test]
+fn flush_frozen_makes_the_old_top_durable_and_leaves_the_new_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let stack = stack(dir.path(), 1 << 20, 9);
+    stack.write_at(0, &[1; 8192]).unwrap();
+    let next = stack.next_top(new_top(dir.path(), "next", 1 << 20)).unwrap();
+    stack.push(next).unwrap();
+    stack.write_at(4096, &[2; 4096]).unwrap();
+    stack.flush_frozen().unwrap();
+    assert!(read(&open(dir.path(), &["top"]), 0, 8192).iter().all(|b| *b == 1));
+    let map = fs::read(dir.path().join("top.map")).unwrap();
+    stack.write_at(0, &[3; 4096]).unwrap();
+    stack.flush().unwrap();
+    assert_eq!(fs::read(dir.path().join("top.map")).unwrap(), map, "a frozen top never changes again");
+}
+
+#[test]
+fn frozen_top_that_cannot_be_flushed_ends_all_writes() {
+    let dir = tempfile::tempdir().unwrap();
+    drop(stack(dir.path(), 1 << 20, 9));
+    let top = TopFiles {
+        data: file(dir.path(), "top.data"),
+        // A map that cannot be written, as on a full or failing disk.
+        map: File::open(dir.path().join("top.map")).unwrap(),
+    };
+    let (table, layers) = (file(dir.path(), "table"), vec![file(dir.path(), "layer")]);
+    let stack = Stack::open(StackFiles { table, layers, frozen: vec![], top: Some(top) }, false).unwrap();
+    stack.write_at(0, &[1; 4096]).unwrap();
+    let next = stack.next_top(new_top(dir.path(), "next", 1 << 20)).unwrap();
+    stack.push(next).unwrap();
+    stack.write_at(4096, &[2; 4096]).unwrap();
+    assert!(stack.flush_frozen().is_err());
+    assert!(matches!(stack.flush(), Err(Error::Poisoned)));
+    assert!(matches!(stack.write_at(8192, &[3; 4096]), Err(Error::Poisoned)));
+}
+
+#[test]
 fn freeze_with_a_top_of_another_size_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let stack = stack(dir.path(), 1 << 20, 9);
