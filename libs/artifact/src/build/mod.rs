@@ -10,26 +10,30 @@
 mod check;
 mod content;
 mod name;
+mod snapshot;
+mod writer;
 
 use std::io;
 use std::path::{Path, PathBuf};
 
-use serde_json::{json, Value};
+use serde_json::json;
 use time::format_description::well_known::Rfc3339;
 use time::OffsetDateTime;
 
 pub use name::ImageName;
+pub use snapshot::Snapshot;
 
 use crate::digest::Digest;
-use crate::image::{Blob, ENTRYPOINT};
-use crate::layout::{LayoutError, Progress, Sink, Source};
+use crate::image::Blob;
+use crate::layout::{LayoutError, Progress, Sink};
 use crate::manifest::{
     DiskFormat, DiskLayer, FieldErrors, Manifest, ManifestError, Metadata, Platform, RamCompression, Ref, MAX_MANIFEST,
 };
 use crate::media;
 use crate::oci;
 
-use content::{Bytes, Plain, Wrapped};
+use content::{Plain, Wrapped};
+use writer::{Frame, Writer};
 
 /// Why an image cannot be built.
 #[derive(Debug, thiserror::Error)]
@@ -85,6 +89,17 @@ pub enum BuildError {
         /// What is wrong with it.
         #[source]
         source: ManifestError,
+    },
+    /// A diff of RAM whose base lacks what it builds on.
+    #[error(
+        "the snapshot holds only what changed against RAM {parent}, which the image {base} does not have: take a whole \
+         one (--full)"
+    )]
+    NoParent {
+        /// The RAM blob that is missing.
+        parent: Digest,
+        /// The image that should have it.
+        base: Digest,
     },
     /// The recipe's manifest.
     #[error("the image's manifest would not be valid")]
@@ -202,13 +217,13 @@ impl Recipe {
         progress: &dyn Progress,
     ) -> Result<Built, BuildError> {
         self.check()?;
-        let mut writer = Writer { sink: sink.as_mut(), progress, layers: Vec::new(), diff_ids: Vec::new(), size: 0 };
+        let mut writer = Writer::new(sink.as_mut(), progress);
         let manifest = writer.write_files(self, &options)?;
         let names = match options.names.is_empty() {
             true => vec![ImageName::of_manifest(&manifest.name, &manifest.version)],
             false => options.names,
         };
-        let image = writer.write_documents(&manifest, options.epoch)?;
+        let image = writer.write_documents(&manifest, options.epoch, Frame::of(&manifest))?;
         let size = writer.size;
         let entries = names.iter().map(|name| index_entry(&image, name)).collect::<Result<_, _>>()?;
         sink.finish(entries)?;
@@ -216,42 +231,7 @@ impl Recipe {
     }
 }
 
-/// Writes blobs and remembers their descriptors.
-struct Writer<'a> {
-    sink: &'a mut dyn Sink,
-    progress: &'a dyn Progress,
-    /// Descriptors of the image manifest's `layers`.
-    layers: Vec<Value>,
-    diff_ids: Vec<Digest>,
-    size: u64,
-}
-
 impl Writer<'_> {
-    fn put(&mut self, source: &dyn Source) -> Result<(Digest, u64), BuildError> {
-        let (digest, size) = self.sink.put(source, self.progress)?;
-        self.size = self.size.saturating_add(size);
-        Ok((digest, size))
-    }
-
-    /// Writes a blob and lists it in the image manifest.
-    fn list(
-        &mut self,
-        source: &dyn Source,
-        media_type: &str,
-        format: Option<DiskFormat>,
-    ) -> Result<Digest, BuildError> {
-        let (digest, size) = self.put(source)?;
-        let mut descriptor = json!({ "mediaType": media_type, "digest": digest, "size": size });
-        if let (Some(format), Some(object)) = (format, descriptor.as_object_mut()) {
-            object.insert("annotations".to_owned(), json!({ media::ANNOTATION_FORMAT: format.name() }));
-        }
-        self.layers.push(descriptor);
-        if media_type == media::OCI_LAYER {
-            self.diff_ids.push(digest);
-        }
-        Ok(digest)
-    }
-
     /// Writes every file of the recipe and pins the manifest's refs to what was written.
     fn write_files(&mut self, recipe: Recipe, options: &Options) -> Result<Manifest, BuildError> {
         let mut manifest = recipe.manifest;
@@ -284,46 +264,6 @@ impl Writer<'_> {
         }
         Ok(manifest)
     }
-
-    /// Writes manifest blob, descriptor layer, config and image manifest.
-    fn write_documents(&mut self, manifest: &Manifest, epoch: Option<u64>) -> Result<Blob, BuildError> {
-        let bytes = manifest.to_bytes().map_err(BuildError::Document)?;
-        let tar = content::descriptor_tar(&bytes, epoch.unwrap_or_default())
-            .map_err(|source| BuildError::Read { path: media::MEMBER_MANIFEST.into(), source })?;
-        self.list(&Bytes { name: "manifest", bytes }, media::MANIFEST, None)?;
-        // Who reads only the first blob of an artifact finds what the artifact is.
-        self.layers.rotate_right(1);
-        self.list(&Bytes { name: "descriptor", bytes: tar }, media::OCI_LAYER, None)?;
-
-        let config = crate::json::to_bytes(&self.config(manifest)).map_err(BuildError::Document)?;
-        let (config, config_size) = self.put(&Bytes { name: "config", bytes: config })?;
-        let document = json!({
-            "schemaVersion": 2,
-            "mediaType": media::OCI_MANIFEST,
-            "artifactType": media::MANIFEST,
-            "config": { "mediaType": media::OCI_CONFIG, "digest": config, "size": config_size },
-            "layers": self.layers,
-            "annotations": annotations(manifest),
-        });
-        let bytes = crate::json::to_bytes(&document).map_err(BuildError::Document)?;
-        let (digest, size) = self.put(&Bytes { name: "image manifest", bytes })?;
-        Ok(Blob { digest, size, media_type: media::OCI_MANIFEST.to_owned() })
-    }
-
-    fn config(&self, manifest: &Manifest) -> Value {
-        let mut config = json!({
-            "architecture": "amd64",
-            "os": "linux",
-            "config": { "Entrypoint": [ENTRYPOINT] },
-            "rootfs": { "type": "layers", "diff_ids": self.diff_ids },
-        });
-        let metadata = manifest.metadata.clone().unwrap_or_default();
-        if let Some(object) = config.as_object_mut() {
-            object.extend(metadata.created.map(|created| ("created".to_owned(), Value::from(created))));
-            object.extend(metadata.author.map(|author| ("author".to_owned(), Value::from(author))));
-        }
-        config
-    }
 }
 
 /// The entry of a layout's index for one name of the image.
@@ -339,19 +279,6 @@ fn index_entry(image: &Blob, name: &ImageName) -> Result<oci::Descriptor, BuildE
     .map_err(BuildError::Document)
 }
 
-fn annotations(manifest: &Manifest) -> Value {
-    let mut annotations = serde_json::Map::new();
-    let mut add = |key: &str, value: Option<&str>| {
-        annotations.extend(value.map(|v| (format!("org.opencontainers.image.{key}"), Value::from(v))));
-    };
-    let metadata = manifest.metadata.as_ref();
-    add("title", Some(&manifest.name));
-    add("version", Some(&manifest.version));
-    add("authors", metadata.and_then(|m| m.author.as_deref()));
-    add("created", metadata.and_then(|m| m.created.as_deref()));
-    Value::Object(annotations)
-}
-
 /// Writes down what the build knows and the manifest leaves open: the platform, and the time if the caller gave one.
 fn fill_metadata(manifest: &mut Manifest, epoch: Option<u64>) {
     let metadata = manifest.metadata.get_or_insert_with(Metadata::default);
@@ -359,9 +286,14 @@ fn fill_metadata(manifest: &mut Manifest, epoch: Option<u64>) {
     platform.arch.get_or_insert_with(|| "x86_64".to_owned());
     platform.uefi.get_or_insert(false);
     if metadata.created.is_none() {
-        let time = epoch.and_then(|s| OffsetDateTime::from_unix_timestamp(i64::try_from(s).ok()?).ok());
-        metadata.created = time.and_then(|t| t.format(&Rfc3339).ok());
+        metadata.created = rfc3339(epoch);
     }
+}
+
+/// Seconds since 1970 as metadata has them.
+fn rfc3339(epoch: Option<u64>) -> Option<String> {
+    let time = OffsetDateTime::from_unix_timestamp(i64::try_from(epoch?).ok()?).ok()?;
+    time.format(&Rfc3339).ok()
 }
 
 fn plain(path: &Path) -> Result<Plain, BuildError> {

@@ -1,8 +1,10 @@
 use std::fs;
 
+use serde_json::Value;
+
 use super::*;
 use crate::layer::{self, Encoding, Limits};
-use crate::layout::{DirSink, Layout, Quiet, TarSink};
+use crate::layout::{DirSink, Layout, Quiet, Source, TarSink};
 use crate::manifest::Kernel;
 
 /// A boot sector that says bzImage.

@@ -9,6 +9,7 @@ use crate::image::{self, Blob, ImageError, Parts, Resolved};
 use crate::layer::{self, LayerError, Limits};
 use crate::manifest::Manifest;
 use crate::media::Compression;
+use crate::oci;
 
 /// An image of a layout.
 #[derive(Debug, Clone, PartialEq)]
@@ -23,6 +24,17 @@ pub struct Loaded {
     pub resolved: Resolved,
     /// The layer that held the OVMS manifest; `None` if it is a blob of its own.
     pub descriptor: Option<Digest>,
+}
+
+/// An image's OCI documents as they are.
+#[derive(Debug, Clone)]
+pub struct Documents {
+    /// The image manifest's blob.
+    pub image: Blob,
+    /// The image manifest.
+    pub manifest: oci::ImageManifest,
+    /// The config's bytes.
+    pub config: Vec<u8>,
 }
 
 /// The OVMS manifest of an image and where it was found.
@@ -40,7 +52,15 @@ impl Layout {
     /// # Errors
     /// [`LayoutError`] naming document, blob or field.
     pub fn load(&self, tag: Option<&str>) -> Result<Loaded, LayoutError> {
-        let (image, config, mut parts) = self.documents(tag)?;
+        self.load_image(&self.select(tag)?)
+    }
+
+    /// [`Layout::load`] of an image manifest that was chosen already.
+    ///
+    /// # Errors
+    /// [`LayoutError`] naming document, blob or field.
+    pub fn load_image(&self, image: &oci::Descriptor) -> Result<Loaded, LayoutError> {
+        let (image, config, mut parts) = self.parts(image)?;
         let mut found = None;
         for layer in parts.layers.iter_mut().rev() {
             if let Some(manifest) = self.read_layer(layer, &Quiet)? {
@@ -56,7 +76,7 @@ impl Layout {
     /// # Errors
     /// [`LayoutError`] naming the blob.
     pub fn verify(&self, tag: Option<&str>, progress: &dyn Progress) -> Result<Loaded, LayoutError> {
-        let (image, config, mut parts) = self.documents(tag)?;
+        let (image, config, mut parts) = self.parts(&self.select(tag)?)?;
         for blob in parts.plain_blobs() {
             let mut reader = Advancing { inner: self.blob(&blob.digest, blob.size)?, progress };
             progress.begin(&blob.digest.to_string(), blob.size);
@@ -73,14 +93,24 @@ impl Layout {
         self.finish(image, config, parts, found)
     }
 
-    fn documents(&self, tag: Option<&str>) -> Result<(Blob, Blob, Parts), LayoutError> {
-        let selected = self.select(tag)?;
-        let image = Blob::of(&selected).map_err(LayoutError::Image)?;
-        let bytes = self.document("the image manifest", &digest_of(&selected, "index.json")?, image.size)?;
+    /// Reads an image's OCI manifest and config.
+    ///
+    /// # Errors
+    /// [`LayoutError`] naming the document.
+    pub fn documents(&self, image: &oci::Descriptor) -> Result<Documents, LayoutError> {
+        let digest = digest_of(image, "index.json")?;
+        let image = Blob::of(image).map_err(LayoutError::Image)?;
+        let bytes = self.document("the image manifest", &digest, image.size)?;
         let manifest = image::parse_manifest(&bytes).map_err(LayoutError::Image)?;
         image::check_config_type(&manifest).map_err(LayoutError::Image)?;
         let config = Blob::of(manifest.config()).map_err(LayoutError::Image)?;
-        let bytes = self.document("the image config", &config.digest, config.size)?;
+        let config = self.document("the image config", &config.digest, config.size)?;
+        Ok(Documents { image, manifest, config })
+    }
+
+    fn parts(&self, image: &oci::Descriptor) -> Result<(Blob, Blob, Parts), LayoutError> {
+        let Documents { image, manifest, config: bytes } = self.documents(image)?;
+        let config = Blob::of(manifest.config()).map_err(LayoutError::Image)?;
         let parts = Parts::new(&manifest, &bytes).map_err(LayoutError::Image)?;
         Ok((image, config, parts))
     }

@@ -5,6 +5,7 @@
 
 mod load;
 mod source;
+mod store;
 mod write;
 pub(crate) use write::header;
 
@@ -12,7 +13,8 @@ use std::collections::HashMap;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
-pub use load::Loaded;
+pub use load::{Documents, Loaded};
+pub use store::{Removed, Store, StoreSink};
 pub use write::{DirSink, Progress, Quiet, Sink, Source, TarSink};
 
 use crate::archive::ArchiveError;
@@ -38,7 +40,7 @@ pub enum LayoutError {
     Io {
         /// The file.
         path: PathBuf,
-        /// `read` or `written`.
+        /// `read`, `written`, …
         verb: &'static str,
         /// What the system says.
         #[source]
@@ -115,6 +117,17 @@ pub enum LayoutError {
         /// What its decompressed stream has.
         found: Digest,
     },
+    /// The text names several images of the store.
+    #[error("\"{text}\" names several images of the store: {names}")]
+    AmbiguousName {
+        /// What was asked for.
+        text: String,
+        /// The names it could mean.
+        names: String,
+    },
+    /// The store has no image of that name.
+    #[error("the store has no image \"{0}\": ovm ls lists what is there, ovm pull fetches it")]
+    UnknownName(String),
     /// The OVMS manifest in the layout.
     #[error("the OVMS manifest in {0} is refused")]
     Manifest(String, #[source] ManifestError),
@@ -196,8 +209,16 @@ impl Layout {
         self.files.path(&format!("blobs/sha256/{}", digest.hex()))
     }
 
+    /// A blob as something that can be written into another layout.
+    pub fn source(&self, digest: Digest, size: u64) -> impl Source + '_ {
+        source::BlobSource { layout: self, digest, size }
+    }
+
     /// Reads a small blob whole.
-    fn document(&self, what: &str, digest: &Digest, size: u64) -> Result<Vec<u8>, LayoutError> {
+    ///
+    /// # Errors
+    /// [`LayoutError::TooLarge`], [`LayoutError::MissingBlob`], [`LayoutError::Io`] also for a wrong digest.
+    pub fn document(&self, what: &str, digest: &Digest, size: u64) -> Result<Vec<u8>, LayoutError> {
         if size > MAX_DOCUMENT {
             return Err(LayoutError::TooLarge { what: what.to_owned(), size });
         }

@@ -7,8 +7,9 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::LayoutError;
+use super::{Layout, LayoutError, Source};
 use crate::archive::{MemberKind, Walker};
+use crate::digest::Digest;
 use crate::image::MAX_DOCUMENT;
 
 /// Where a layout's files are.
@@ -112,5 +113,27 @@ fn open_plain(path: &Path) -> io::Result<File> {
     match file.metadata()?.is_file() {
         true => Ok(file),
         false => Err(io::Error::new(io::ErrorKind::InvalidInput, "not a plain file")),
+    }
+}
+
+/// A blob of a layout, for a sink. Its reader fails at the end unless size and digest are right.
+pub(super) struct BlobSource<'a> {
+    pub layout: &'a Layout,
+    pub digest: Digest,
+    pub size: u64,
+}
+
+impl Source for BlobSource<'_> {
+    fn name(&self) -> String {
+        self.digest.to_string()
+    }
+
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn open(&self) -> io::Result<Box<dyn Read + '_>> {
+        let reader = self.layout.blob(&self.digest, self.size).map_err(io::Error::other)?;
+        Ok(Box::new(reader))
     }
 }

@@ -64,6 +64,13 @@ pub trait Sink {
     /// [`LayoutError::Io`], also when the content changes while it is read.
     fn put(&mut self, source: &dyn Source, progress: &dyn Progress) -> Result<(Digest, u64), LayoutError>;
 
+    /// Whether the layout has this blob already, so that putting it again can be saved. No promise: `false` is always
+    /// right.
+    fn has(&self, digest: &Digest, size: u64) -> bool {
+        let _ = (digest, size);
+        false
+    }
+
     /// Writes the index and makes the layout visible. An entry replaces those of the same tag.
     ///
     /// # Errors
@@ -99,41 +106,62 @@ impl DirSink {
         fs::create_dir_all(&blobs).map_err(|e| failed(&blobs, "written", e))?;
         Ok(Self { dir: dir.to_owned(), entries })
     }
+}
 
-    fn write(&self, name: &str, bytes: &[u8]) -> Result<(), LayoutError> {
-        let path = self.dir.join(name);
-        let write = || {
-            let mut file = temporary(&self.dir)?;
-            file.write_all(bytes)?;
-            persist(file, &path)
-        };
-        write().map_err(|e| failed(&path, "written", e))
-    }
+/// Writes a small file of the layout in `dir`, whole or not at all.
+fn write_document(dir: &Path, name: &str, bytes: &[u8]) -> Result<(), LayoutError> {
+    let path = dir.join(name);
+    let write = || {
+        let mut file = temporary(dir)?;
+        file.write_all(bytes)?;
+        persist(file, &path)
+    };
+    write().map_err(|e| failed(&path, "written", e))
+}
+
+/// Writes what makes a directory a layout, and its list of images.
+pub(super) fn write_index(dir: &Path, entries: Vec<oci::Descriptor>) -> Result<(), LayoutError> {
+    write_document(dir, "oci-layout", &layout_marker()?)?;
+    write_document(dir, "index.json", &index_bytes(entries)?)
 }
 
 impl Sink for DirSink {
     fn put(&mut self, source: &dyn Source, progress: &dyn Progress) -> Result<(Digest, u64), LayoutError> {
-        let blobs = self.dir.join("blobs/sha256");
-        let read_failed = |e| failed(Path::new(&source.name()), "read", e);
-        let mut reader = HashingReader::new(source.open().map_err(read_failed)?);
-        let mut file = temporary(&blobs).map_err(|e| failed(&blobs, "written", e))?;
-        progress.begin(&source.name(), source.size());
-        copy_sparse(&mut reader, file.as_file_mut(), progress).map_err(|e| e.into_error(source, &blobs))?;
-        progress.end();
-        let size = reader.size();
-        let digest = reader.finish();
-        let path = blobs.join(digest.hex());
-        persist(file, &path).map_err(|e| failed(&path, "written", e))?;
-        Ok((digest, size))
+        put_blob(&self.dir, source, progress)
+    }
+
+    fn has(&self, digest: &Digest, size: u64) -> bool {
+        has_blob(&self.dir, digest, size)
     }
 
     fn finish(self: Box<Self>, entries: Vec<oci::Descriptor>) -> Result<(), LayoutError> {
         let mut all: Vec<oci::Descriptor> =
             self.entries.iter().filter(|old| !replaced(old, &entries)).cloned().collect();
         all.extend(entries);
-        self.write("oci-layout", &layout_marker()?)?;
-        self.write("index.json", &index_bytes(all)?)
+        write_index(&self.dir, all)
     }
+}
+
+/// Writes a blob of the layout in `dir`.
+pub(super) fn put_blob(dir: &Path, source: &dyn Source, progress: &dyn Progress) -> Result<(Digest, u64), LayoutError> {
+    let blobs = dir.join("blobs/sha256");
+    let read_failed = |e| failed(Path::new(&source.name()), "read", e);
+    let mut reader = HashingReader::new(source.open().map_err(read_failed)?);
+    let mut file = temporary(&blobs).map_err(|e| failed(&blobs, "written", e))?;
+    progress.begin(&source.name(), source.size());
+    copy_sparse(&mut reader, file.as_file_mut(), progress).map_err(|e| e.into_error(source, &blobs))?;
+    progress.end();
+    let size = reader.size();
+    let digest = reader.finish();
+    let path = blobs.join(digest.hex());
+    persist(file, &path).map_err(|e| failed(&path, "written", e))?;
+    Ok((digest, size))
+}
+
+/// Whether the layout in `dir` has a blob of this name and size; blobs are named only when they are whole.
+pub(super) fn has_blob(dir: &Path, digest: &Digest, size: u64) -> bool {
+    let path = dir.join("blobs/sha256").join(digest.hex());
+    fs::symlink_metadata(path).is_ok_and(|found| found.is_file() && found.len() == size)
 }
 
 /// Writes a tar, as `ctr image import` and `skopeo copy oci-archive:` read it.
@@ -261,7 +289,7 @@ fn copy_sparse(reader: &mut dyn Read, file: &mut File, progress: &dyn Progress) 
     }
 }
 
-fn replaced(old: &oci::Descriptor, new: &[oci::Descriptor]) -> bool {
+pub(super) fn replaced(old: &oci::Descriptor, new: &[oci::Descriptor]) -> bool {
     let tag = annotation(old, media::ANNOTATION_REF_NAME);
     new.iter().any(|new| annotation(new, media::ANNOTATION_REF_NAME) == tag)
 }
@@ -298,6 +326,6 @@ fn persist(file: NamedTempFile, path: &Path) -> io::Result<()> {
     File::open(parent(path))?.sync_all()
 }
 
-fn failed(path: &Path, verb: &'static str, source: io::Error) -> LayoutError {
+pub(super) fn failed(path: &Path, verb: &'static str, source: io::Error) -> LayoutError {
     LayoutError::Io { path: path.to_owned(), verb, source }
 }
