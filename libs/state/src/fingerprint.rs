@@ -1,0 +1,217 @@
+//! On what a machine ran, and whether another host can go on with it.
+//!
+//! A guest looks at its processor once, at boot, and relies on what it saw for ever after: so each feature that it was
+//! shown must be there. What the host has beyond that does no harm, since the guest's own CPUID is restored.
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::features::{self, Register};
+
+/// The guest's and the host's clock rates may differ by this much without scaling, in parts per million: what NTP
+/// corrects, and what KVM itself calls equal (`tsc_tolerance_ppm` of arch/x86/kvm/x86.c).
+const TSC_TOLERANCE_PPM: u64 = 250;
+/// The capability that lets a guest run at another clock rate than its host's.
+pub(crate) const TSC_SCALING: &str = "tsc-scaling";
+
+/// One leaf of CPUID, as `kvm_cpuid_entry2` has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CpuidEntry {
+    /// The leaf (EAX before the instruction).
+    pub function: u32,
+    /// The sub-leaf (ECX before the instruction).
+    pub index: u32,
+    /// `KVM_CPUID_FLAG_*`.
+    pub flags: u32,
+    /// EAX.
+    pub eax: u32,
+    /// EBX.
+    pub ebx: u32,
+    /// ECX.
+    pub ecx: u32,
+    /// EDX.
+    pub edx: u32,
+}
+
+impl CpuidEntry {
+    pub(crate) fn register(&self, register: Register) -> u32 {
+        match register {
+            Register::Eax => self.eax,
+            Register::Ebx => self.ebx,
+            Register::Ecx => self.ecx,
+            Register::Edx => self.edx,
+        }
+    }
+}
+
+/// A disk as the guest knows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskPrint {
+    /// Its size in bytes.
+    pub size: u64,
+    /// The guest was told that it cannot write.
+    pub read_only: bool,
+}
+
+/// What a machine saw of its host when the snapshot was taken; the same taken of a host says what it has to offer.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fingerprint {
+    /// Version of the VMM.
+    pub vmm: String,
+    /// CPUID as the guest sees it (of a host: as a guest would see it), vCPU 0.
+    #[serde(default)]
+    pub cpuid: Vec<CpuidEntry>,
+    /// KVM capabilities that the state relies on (of a host: has), in the VMM's words; `tsc-scaling` has a meaning here.
+    #[serde(default)]
+    pub capabilities: Vec<String>,
+    /// Rate of the time-stamp counter in kHz; 0: not known.
+    #[serde(default)]
+    pub tsc_khz: u32,
+    /// Kinds of the devices, in their order on the bus (of a host: of the machine that is being built).
+    #[serde(default)]
+    pub devices: Vec<String>,
+    /// The disks, in their order.
+    #[serde(default)]
+    pub disks: Vec<DiskPrint>,
+    /// When it was taken, in nanoseconds since 1970 UTC.
+    #[serde(default)]
+    pub taken: u64,
+}
+
+/// Why a host cannot go on with a machine.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum Incompatible {
+    /// Another architecture.
+    #[error("the architecture: found {found}, needed {needed}")]
+    Arch {
+        /// Of this host.
+        found: &'static str,
+        /// Of the snapshot.
+        needed: &'static str,
+    },
+    /// Another maker of processors.
+    #[error("the processor's vendor: found {found}, needed {needed}")]
+    Vendor {
+        /// Of this host.
+        found: String,
+        /// Of the snapshot.
+        needed: String,
+    },
+    /// Feature bits.
+    #[error("CPU features: found {found}, needed {needed}")]
+    Features {
+        /// What this host has instead, by register.
+        found: String,
+        /// The features that are missing, each with its place in CPUID.
+        needed: String,
+    },
+    /// A number in CPUID that this host does not reach.
+    #[error("{what}: found {found}, needed {needed}")]
+    Number {
+        /// What the number counts.
+        what: &'static str,
+        /// Of this host.
+        found: u64,
+        /// Of the snapshot.
+        needed: u64,
+    },
+    /// A KVM capability.
+    #[error("the KVM capability {needed}: found {found}")]
+    Capability {
+        /// What this host has.
+        found: String,
+        /// What is missing.
+        needed: String,
+    },
+    /// The clock rate.
+    #[error(
+        "the time-stamp counter's rate: found {found} kHz without the KVM capability tsc-scaling, needed {needed} kHz"
+    )]
+    Tsc {
+        /// Of this host.
+        found: u32,
+        /// Of the snapshot.
+        needed: u32,
+    },
+    /// The devices.
+    #[error("the machine's devices: found {found}, needed {needed}")]
+    Devices {
+        /// Those of the machine that is being built.
+        found: String,
+        /// Those of the snapshot.
+        needed: String,
+    },
+    /// The disks.
+    #[error("disk {index}: found {found}, needed {needed}")]
+    Disk {
+        /// Which.
+        index: usize,
+        /// What the machine that is being built has.
+        found: String,
+        /// What the snapshot's machine has.
+        needed: String,
+    },
+}
+
+impl Fingerprint {
+    /// Whether `host` can go on with the machine that this was taken of: processor, clock and KVM. Devices and disks
+    /// are compared by [`Fingerprint::check_machine`].
+    ///
+    /// # Errors
+    /// The first [`Incompatible`] thing.
+    pub fn check(&self, host: &Fingerprint) -> Result<(), Incompatible> {
+        features::check(&self.cpuid, &host.cpuid)?;
+        for needed in &self.capabilities {
+            // Scaling is needed only where the rates differ.
+            if needed != TSC_SCALING && !host.capabilities.contains(needed) {
+                let found = listed(&host.capabilities);
+                return Err(Incompatible::Capability { found, needed: needed.clone() });
+            }
+        }
+        self.check_tsc(host)
+    }
+
+    fn check_tsc(&self, host: &Fingerprint) -> Result<(), Incompatible> {
+        let (needed, found) = (self.tsc_khz, host.tsc_khz);
+        if needed == 0 || found == 0 || host.capabilities.iter().any(|has| has == TSC_SCALING) {
+            return Ok(());
+        }
+        let off = u64::from(needed.abs_diff(found)).saturating_mul(1_000_000);
+        if off > u64::from(found).saturating_mul(TSC_TOLERANCE_PPM) {
+            return Err(Incompatible::Tsc { found, needed });
+        }
+        Ok(())
+    }
+
+    /// Whether a machine with these devices and disks is the one that this was taken of.
+    ///
+    /// # Errors
+    /// [`Incompatible::Devices`], [`Incompatible::Disk`].
+    pub fn check_machine(&self, devices: &[String], disks: &[DiskPrint]) -> Result<(), Incompatible> {
+        if self.devices != devices {
+            return Err(Incompatible::Devices { found: listed(devices), needed: listed(&self.devices) });
+        }
+        let say = |disk: Option<&DiskPrint>| match disk {
+            None => "none".to_owned(),
+            Some(disk) => format!("{} bytes{}", disk.size, if disk.read_only { ", read-only" } else { "" }),
+        };
+        for index in 0..self.disks.len().max(disks.len()) {
+            let (needed, found) = (self.disks.get(index), disks.get(index));
+            if needed != found {
+                return Err(Incompatible::Disk { index, found: say(found), needed: say(needed) });
+            }
+        }
+        Ok(())
+    }
+}
+
+fn listed(names: &[String]) -> String {
+    if names.is_empty() {
+        "none".into()
+    } else {
+        names.join(", ")
+    }
+}
