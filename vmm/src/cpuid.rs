@@ -33,12 +33,12 @@ impl Topology {
     }
 }
 
-/// Fits what KVM supports to processor number `index` of the machine.
+/// Fits what KVM supports, or what the processors of a saved machine said, to processor number `index` of the machine.
+/// What was fitted once is not changed by it.
 ///
 /// # Errors
 /// More leafs than KVM takes.
-pub fn for_vcpu(supported: &CpuId, topology: Topology, index: u8) -> Result<CpuId, KvmError> {
-    let given = supported.as_slice();
+pub fn for_vcpu(given: &[kvm_cpuid_entry2], topology: Topology, index: u8) -> Result<CpuId, KvmError> {
     let highest = given.iter().find(|entry| entry.function == 0).map_or(0, |entry| entry.eax);
     // KVM gives at most an empty first level of the topology leafs: they are written anew.
     let mut entries: Vec<_> = given.iter().filter(|entry| !TOPOLOGY_LEAFS.contains(&entry.function)).copied().collect();
@@ -113,8 +113,7 @@ mod tests {
     use super::*;
 
     fn adapt_all(entries: &[kvm_cpuid_entry2], vcpus: u8, number: u8) -> Vec<kvm_cpuid_entry2> {
-        let supported = CpuId::from_entries(entries).unwrap();
-        for_vcpu(&supported, Topology { vcpus, tsc_deadline: true }, number).unwrap().as_slice().to_vec()
+        for_vcpu(entries, Topology { vcpus, tsc_deadline: true }, number).unwrap().as_slice().to_vec()
     }
 
     fn adapted(function: u32, index: u32, eax: u32, vcpus: u8, number: u8) -> kvm_cpuid_entry2 {

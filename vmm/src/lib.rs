@@ -13,6 +13,7 @@
 
 pub mod acpi;
 pub mod boot;
+pub mod clock;
 pub mod control;
 pub mod cpuid;
 pub mod fds;
@@ -23,6 +24,7 @@ pub mod machine;
 pub mod mailbox;
 pub mod memory;
 pub mod report;
+pub mod saved;
 pub mod seccomp;
 pub mod timeline;
 pub mod transition;

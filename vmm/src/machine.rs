@@ -10,6 +10,7 @@ use ovms_config::vm::VmSpec;
 use ovms_devices::machine::{EventSink, MachineEvent};
 use ovms_devices::threads::Spawner;
 use ovms_proto::control::ExitReason;
+use ovms_state::{CpuidEntry, Fingerprint, Section};
 use thiserror::Error;
 
 use crate::acpi::{self, AcpiError};
@@ -20,12 +21,13 @@ use crate::kvm::{failed, KvmError, SupportedCpuid, Vm};
 use crate::mailbox::{Mail, Sender};
 use crate::memory::Ram;
 use crate::report;
+use crate::saved::{self, RestoreError, SaveError, Saved};
 use crate::timeline::Recorder;
 use crate::vcpu::gate::{Gate, Wanted};
 use crate::vcpu::regs::{self, RegsError};
 use crate::vcpu::run::{install_handler, Shared, Thread};
 use crate::vcpu::Vcpu;
-use crate::wiring::{Devices, Environment, WiringError};
+use crate::wiring::{Devices, Environment, InputOwner, WiringError};
 
 /// Why a machine cannot be built.
 #[derive(Debug, Error)]
@@ -48,6 +50,9 @@ pub enum BuildError {
     /// The kernel fails.
     #[error("the kernel cannot be booted")]
     Boot(#[from] BootError),
+    /// A snapshot does not fit.
+    #[error("the machine cannot go on from its RAM snapshot")]
+    Restore(#[from] RestoreError),
     /// Registers fail.
     #[error("processor {0} cannot be set up")]
     Registers(u8, #[source] RegsError),
@@ -64,18 +69,22 @@ pub struct ThreadStart {
 
 /// A machine whose processors stand until it is told to run.
 pub struct Machine {
+    vm: Arc<Vm>,
     ram: Ram,
     vcpus: Vec<Vcpu>,
     threads: Vec<Thread>,
     shared: Arc<Shared>,
     devices: Devices,
+    /// What the first processor says about itself.
+    cpuid: Vec<CpuidEntry>,
     /// The devices are paused, and have to be told when the processors go on.
     paused: AtomicBool,
 }
 
 impl Machine {
     /// Builds the machine up to the point where it only lacks a state: processors and devices are as after power-on,
-    /// their threads wait, memory is empty.
+    /// their threads wait, memory is as it was mapped. What is to be restored afterwards says what the processors must
+    /// be able to do, and a host that cannot is refused.
     ///
     /// # Errors
     /// [`BuildError`].
@@ -85,6 +94,7 @@ impl Machine {
         ram: Ram,
         mail: Sender,
         start: &ThreadStart,
+        saved: Option<&Saved>,
         timeline: &mut Recorder,
     ) -> Result<Self, BuildError> {
         let config = spec.config();
@@ -100,6 +110,7 @@ impl Machine {
             ram: &ram,
             spec,
             spawner: &start.device,
+            input: saved.map_or_else(|| InputOwner::of(spec.cmdline()), Saved::input),
             events: event_sink(mail.clone(), Arc::clone(&gate)),
         };
         let devices = Devices::new(&environment, fds)?;
@@ -123,9 +134,12 @@ impl Machine {
             .map_err(BuildError::Threads)?;
         timeline.passed("threads");
         let paused = AtomicBool::new(false);
-        describe_processors(&vm, &vcpus, &cpuid.wait()?)?;
+        let cpuid = describe_processors(&vm, &vcpus, &cpuid.wait()?, saved)?;
         timeline.passed("cpuid");
-        Ok(Self { ram, vcpus, threads, shared, devices, paused })
+        if let Some(saved) = saved {
+            saved.check_machine(&devices)?;
+        }
+        Ok(Self { vm, ram, vcpus, threads, shared, devices, cpuid, paused })
     }
 
     /// Gives the machine the state in which it boots `payload`.
@@ -144,6 +158,26 @@ impl Machine {
         }
         timeline.passed("registers");
         Ok(())
+    }
+
+    /// Gives the machine the state of `saved`, for which it was built. Its devices stay paused until [`Machine::open`].
+    ///
+    /// # Errors
+    /// [`BuildError::Restore`]; the machine must not run then.
+    pub fn restore(&self, saved: &Saved, timeline: &mut Recorder) -> Result<(), BuildError> {
+        self.paused.store(true, Ordering::Relaxed);
+        saved.restore(&self.vm, &self.ram, &self.vcpus, &self.devices)?;
+        timeline.passed("sections");
+        Ok(())
+    }
+
+    /// Saves everything but memory and the content of disks. The machine must stand ([`Machine::close`]); it may go on
+    /// afterwards.
+    ///
+    /// # Errors
+    /// [`SaveError`].
+    pub fn save(&self) -> Result<(Fingerprint, Vec<Section>), SaveError> {
+        saved::save(&self.vm, &self.vcpus, &self.devices, &self.cpuid)
     }
 
     /// Lets the processors go, devices first.
@@ -192,16 +226,30 @@ impl Machine {
     }
 }
 
-/// Gives each processor what it says about itself and what firmware would have set.
-fn describe_processors(vm: &Vm, vcpus: &[Vcpu], supported: &CpuId) -> Result<(), BuildError> {
+/// Gives each processor what it says about itself, the host's or the snapshot's, and what firmware would have set.
+/// Returns what the first one says.
+fn describe_processors(
+    vm: &Vm,
+    vcpus: &[Vcpu],
+    supported: &CpuId,
+    saved: Option<&Saved>,
+) -> Result<Vec<CpuidEntry>, BuildError> {
     let topology = Topology { vcpus: vcpus.len() as u8, tsc_deadline: vm.has_tsc_deadline_timer() };
+    let own = saved::print_of(&cpuid::for_vcpu(supported.as_slice(), topology, 0)?);
+    let shown = match saved {
+        Some(saved) => {
+            saved.check_host(&saved::host(vm, vcpus, &own))?;
+            saved.cpuid()
+        }
+        None => supported.as_slice().to_vec(),
+    };
     for vcpu in vcpus {
-        let cpuid = cpuid::for_vcpu(supported, topology, vcpu.index())?;
+        let cpuid = cpuid::for_vcpu(&shown, topology, vcpu.index())?;
         let fd = vcpu.lock();
         fd.set_cpuid2(&cpuid).map_err(failed("KVM_SET_CPUID2"))?;
         regs::set_common(&fd).map_err(|err| BuildError::Registers(vcpu.index(), err))?;
     }
-    Ok(())
+    Ok(saved::print_of(&cpuid::for_vcpu(&shown, topology, 0)?))
 }
 
 /// Where devices report what ends the machine. The reporting processor stops before its next instruction; the owner

@@ -19,6 +19,7 @@ use ovms_vmm::machine::{BuildError, Machine, ThreadStart};
 use ovms_vmm::mailbox::Mailbox;
 use ovms_vmm::memory::{MemoryError, Ram};
 use ovms_vmm::report;
+use ovms_vmm::saved::{RestoreError, Saved};
 use ovms_vmm::seccomp::{Filters, SeccompError, ThreadKind};
 use ovms_vmm::timeline::Recorder;
 use thiserror::Error;
@@ -37,8 +38,8 @@ enum StartError {
     Config(#[from] VmConfigError),
     #[error("the configuration and its descriptors do not fit")]
     Fd(#[from] FdError),
-    #[error("this VMM cannot restore a RAM snapshot yet")]
-    Restore,
+    #[error("the machine cannot go on from its RAM snapshot")]
+    Restore(#[from] RestoreError),
     #[error("the machine has no memory")]
     Memory(#[from] MemoryError),
     #[error("the walls around the VMM cannot be put up")]
@@ -101,26 +102,61 @@ fn start(channel: &Channel, mut timeline: Recorder) -> Result<(Machine, Mailbox,
     let mut fds = Fds::new(fds);
     let config = spec.config();
     timeline.passed("configuration");
-    let ram = Ram::map(config.memory)?;
+    let ram = map_memory(config, &mut fds)?;
     let netns = fds.take_optional(config.jail.netns)?;
     timeline.passed("memory");
     jail::enter(&config.jail, netns)?;
     timeline.passed("jail");
-    let StartConfig::Boot(boot) = &config.start else { return Err(StartError::Restore) };
-    let payload = Payload {
-        kernel: fds.take_file(boot.kernel)?,
-        initrd: fds.take_optional(boot.initrd)?.map(Into::into),
-        cmdline: boot.cmdline.clone(),
-    };
+    let origin = Origin::take(config, &mut fds)?;
     let (mail, mailbox) = Mailbox::new().map_err(StartError::Mailbox)?;
     let filters = Arc::new(Filters::compile()?);
     timeline.passed("filters");
-    let machine = Machine::build(&spec, &mut fds, ram, mail, &thread_start(&filters), &mut timeline)?;
+    let saved = origin.saved();
+    let machine = Machine::build(&spec, &mut fds, ram, mail, &thread_start(&filters), saved, &mut timeline)?;
     drop(fds);
     filters.install(ThreadKind::Main)?;
     timeline.passed("wall");
-    machine.boot(payload, &mut timeline)?;
+    match origin {
+        Origin::Boot(payload) => machine.boot(payload, &mut timeline)?,
+        Origin::Restore(saved) => machine.restore(&saved, &mut timeline)?,
+    }
     Ok((machine, mailbox, timeline))
+}
+
+/// Memory is mapped, and locked, while there are privileges; none of it is looked at.
+fn map_memory(config: &VmConfig, fds: &mut Fds) -> Result<Ram, StartError> {
+    Ok(match &config.start {
+        StartConfig::Boot(_) => Ram::map(config.memory)?,
+        StartConfig::Restore(restore) => Ram::restore(&fds.take_file(restore.memory)?, config.memory, restore.mlock)?,
+    })
+}
+
+/// Where the machine's state comes from.
+enum Origin {
+    Boot(Payload),
+    Restore(Box<Saved>),
+}
+
+impl Origin {
+    fn take(config: &VmConfig, fds: &mut Fds) -> Result<Self, StartError> {
+        Ok(match &config.start {
+            StartConfig::Boot(boot) => Self::Boot(Payload {
+                kernel: fds.take_file(boot.kernel)?,
+                initrd: fds.take_optional(boot.initrd)?.map(Into::into),
+                cmdline: boot.cmdline.clone(),
+            }),
+            StartConfig::Restore(restore) => {
+                Self::Restore(Box::new(Saved::read(&fds.take_file(restore.state)?, config)?))
+            }
+        })
+    }
+
+    fn saved(&self) -> Option<&Saved> {
+        match self {
+            Self::Boot(_) => None,
+            Self::Restore(saved) => Some(saved),
+        }
+    }
 }
 
 /// What each new thread does first: it puts itself behind the filter of its kind.

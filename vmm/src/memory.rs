@@ -1,11 +1,18 @@
-//! Guest RAM: anonymous private memory without reserve, in one or two ranges around the hole below 4 GiB.
+//! Guest RAM, in one or two ranges around the hole below 4 GiB: anonymous private memory without reserve for a machine
+//! that boots, a private mapping of the snapshot's memory file for one that is restored.
 //!
 //! Anonymous rather than a memfd: transparent huge pages work for it on every host (shmem has them off by default),
 //! and write-protecting 4 GiB of it for a snapshot takes 1.4 ms when the pages are huge, 90 ms for a memfd's small
 //! ones. A restored machine maps its memory file instead; nobody else maps a booted machine's memory, so nothing needs
 //! it as a file. Without reserve, since the machine's cgroup is what limits it.
+//!
+//! The private mapping of a file costs the same whatever its size: pages come from the page cache, which all clones of a
+//! snapshot share, and a page that the guest writes becomes this machine's own. Locked, it is locked on fault: what the
+//! guest has never touched is neither read nor copied.
 
+use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::ptr;
 use std::sync::Arc;
 
@@ -19,6 +26,8 @@ use crate::layout;
 
 /// Size of a huge page; ranges are aligned to it in the host so that they can be backed by huge pages.
 const HUGE_PAGE: usize = 2 << 20;
+/// As MADV_DONTNEED, of locked memory (include/uapi/asm-generic/mman-common.h).
+const MADV_DONTNEED_LOCKED: libc::c_int = 24;
 
 /// Why guest memory cannot be made.
 #[derive(Debug, Error)]
@@ -26,6 +35,29 @@ pub enum MemoryError {
     /// The kernel refused the mapping.
     #[error("cannot map {} MiB of guest memory", bytes >> 20)]
     Map {
+        /// Size of the range in bytes.
+        bytes: u64,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// The file is not the guest's memory.
+    #[error("the memory file of the snapshot has {found} bytes, the machine's memory {needed}")]
+    File {
+        /// Its size; 0 if it is no regular file.
+        found: u64,
+        /// The size of the memory.
+        needed: u64,
+    },
+    /// The kernel does not say what the file is.
+    #[error("the memory file of the snapshot cannot be examined")]
+    Examine(#[source] io::Error),
+    /// Memory may not be locked.
+    #[error(
+        "{} MiB of guest memory cannot be locked: raise RLIMIT_MEMLOCK of the engine or do without mlock_required",
+        bytes >> 20
+    )]
+    Lock {
         /// Size of the range in bytes.
         bytes: u64,
         /// What the kernel said.
@@ -51,11 +83,47 @@ impl Ram {
     /// # Errors
     /// [`MemoryError`].
     pub fn map(size: u64) -> Result<Self, MemoryError> {
+        Self::with(size, |_, bytes, length| {
+            let start = reserve(length).map_err(|source| MemoryError::Map { bytes, source })?;
+            advise(start, length);
+            Ok(start)
+        })
+    }
+
+    /// Maps `file`, which holds the `size` bytes of memory of a machine that is restored, without the hole. The file is
+    /// never written. With `lock`, every page stays in RAM once it is touched; that takes the privilege to lock memory.
+    ///
+    /// # Errors
+    /// [`MemoryError`].
+    pub fn restore(file: &File, size: u64, lock: bool) -> Result<Self, MemoryError> {
+        let metadata = file.metadata().map_err(MemoryError::Examine)?;
+        let found = if metadata.is_file() { metadata.len() } else { 0 };
+        // Beyond the end of a file there is only SIGBUS.
+        if found != size {
+            return Err(MemoryError::File { found, needed: size });
+        }
+        let mut offset = 0;
+        Self::with(size, |_, bytes, length| {
+            let start = reserve(length).map_err(|source| MemoryError::Map { bytes, source })?;
+            map_file(start, length, file, offset).map_err(|source| MemoryError::Map { bytes, source })?;
+            offset = offset.saturating_add(bytes);
+            if lock {
+                lock_on_fault(start, length).map_err(|source| MemoryError::Lock { bytes, source })?;
+            }
+            Ok(start)
+        })
+    }
+
+    /// Makes memory of the ranges that `make` maps, given address, size and length.
+    fn with(
+        size: u64,
+        mut make: impl FnMut(u64, u64, usize) -> Result<*mut u8, MemoryError>,
+    ) -> Result<Self, MemoryError> {
         let mut regions = Vec::with_capacity(2);
         for (start, bytes) in ranges(size) {
             let length = usize::try_from(bytes).map_err(|_| MemoryError::Layout(size))?;
-            let pointer = reserve(length).map_err(|source| MemoryError::Map { bytes, source })?;
-            // SAFETY: `reserve` has just mapped `length` bytes at `pointer` for this process alone, and they are never
+            let pointer = make(start, bytes, length)?;
+            // SAFETY: `make` has just mapped `length` bytes at `pointer` for this process alone, and they are never
             // unmapped.
             let builder = unsafe { MmapRegionBuilder::new(length).with_raw_mmap_pointer(pointer) };
             let region = builder
@@ -100,9 +168,14 @@ impl MemoryDiscard for Ram {
             }
             let offset = (from - start) as usize;
             // SAFETY: the range lies inside the region, whose mapping lives as long as the process. Guest memory is
-            // only ever accessed through volatile accesses, for which pages that turn to zeroes are no surprise.
+            // only ever accessed through volatile accesses, for which pages that turn to zeroes, or to what the
+            // snapshot's file holds, are no surprise.
             unsafe {
-                libc::madvise(region.as_ptr().add(offset).cast(), (to - from) as usize, libc::MADV_DONTNEED);
+                let (start, length) = (region.as_ptr().add(offset).cast(), (to - from) as usize);
+                // Locked memory takes a word of its own, since Linux 5.18.
+                if libc::madvise(start, length, libc::MADV_DONTNEED) != 0 {
+                    libc::madvise(start, length, MADV_DONTNEED_LOCKED);
+                }
             }
         }
     }
@@ -136,6 +209,14 @@ fn reserve(length: usize) -> io::Result<*mut u8> {
         if skip < HUGE_PAGE {
             libc::munmap(start.add(length).cast(), HUGE_PAGE - skip);
         }
+        Ok(start)
+    }
+}
+
+/// Says how `length` bytes of anonymous memory at `start`, which [`reserve`] gave, will be used.
+fn advise(start: *mut u8, length: usize) {
+    // SAFETY: advice for a range that is mapped for this process alone, and none that changes what it holds.
+    unsafe {
         // Only advice: a host without huge pages, or a kernel that cannot leave the range out of core dumps, is as
         // good. The first huge page stays small ones: it holds tables and a kernel's first steps, and zeroing all of
         // it is 0.1 ms on the way to a guest's first instruction.
@@ -143,7 +224,31 @@ fn reserve(length: usize) -> io::Result<*mut u8> {
             libc::madvise(start.add(HUGE_PAGE).cast(), length - HUGE_PAGE, libc::MADV_HUGEPAGE);
         }
         libc::madvise(start.cast(), length, libc::MADV_DONTDUMP);
-        Ok(start)
+    }
+}
+
+/// Maps `file` from `offset` on over the `length` bytes at `start`, which [`reserve`] gave.
+fn map_file(start: *mut u8, length: usize, file: &File, offset: u64) -> io::Result<()> {
+    let offset = libc::off_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
+    let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE | libc::MAP_FIXED;
+    // SAFETY: replaces exactly the range that was reserved for this and that nothing refers to yet.
+    unsafe {
+        let mapped =
+            libc::mmap(start.cast(), length, libc::PROT_READ | libc::PROT_WRITE, flags, file.as_raw_fd(), offset);
+        if mapped == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        libc::madvise(start.cast(), length, libc::MADV_DONTDUMP);
+    }
+    Ok(())
+}
+
+/// Locks what is touched of the `length` bytes at `start` from now on; nothing is touched by it.
+fn lock_on_fault(start: *mut u8, length: usize) -> io::Result<()> {
+    // SAFETY: locking changes nothing of what the range holds; the kernel checks that it is mapped.
+    match unsafe { libc::mlock2(start.cast(), length, libc::MLOCK_ONFAULT) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
     }
 }
 

@@ -76,6 +76,27 @@ const KVM_GET_REGS: u64 = 0x8090_ae81;
 const KVM_SET_REGS: u64 = 0x4090_ae82;
 const KVM_GET_SREGS: u64 = 0x8138_ae83;
 const KVM_SET_SREGS: u64 = 0x4138_ae84;
+const KVM_CHECK_EXTENSION: u64 = 0xae03;
+const KVM_GET_MSR_INDEX_LIST: u64 = 0xc004_ae02;
+const KVM_SET_CLOCK: u64 = 0x4030_ae7b;
+const KVM_GET_CLOCK: u64 = 0x8030_ae7c;
+const KVM_GET_MSRS: u64 = 0xc008_ae88;
+const KVM_SET_MSRS: u64 = 0x4008_ae89;
+const KVM_GET_LAPIC: u64 = 0x8400_ae8e;
+const KVM_SET_LAPIC: u64 = 0x4400_ae8f;
+const KVM_GET_MP_STATE: u64 = 0x8004_ae98;
+const KVM_SET_MP_STATE: u64 = 0x4004_ae99;
+const KVM_GET_VCPU_EVENTS: u64 = 0x8040_ae9f;
+const KVM_SET_VCPU_EVENTS: u64 = 0x4040_aea0;
+const KVM_GET_DEBUGREGS: u64 = 0x8080_aea1;
+const KVM_SET_DEBUGREGS: u64 = 0x4080_aea2;
+const KVM_SET_TSC_KHZ: u64 = 0xaea2;
+const KVM_GET_TSC_KHZ: u64 = 0xaea3;
+const KVM_GET_XSAVE: u64 = 0x9000_aea4;
+const KVM_SET_XSAVE: u64 = 0x5000_aea5;
+const KVM_GET_XCRS: u64 = 0x8188_aea6;
+const KVM_SET_XCRS: u64 = 0x4188_aea7;
+const KVM_KVMCLOCK_CTRL: u64 = 0xaead;
 const KVM_SET_GSI_ROUTING: u64 = 0x4008_ae6a;
 const KVM_IOEVENTFD: u64 = 0x4040_ae79;
 const KVM_SIGNAL_MSI: u64 = 0x4020_aea5;
@@ -83,8 +104,37 @@ const KVM_SIGNAL_MSI: u64 = 0x4020_aea5;
 /// Runs the guest; its writes move interrupt routes and doorbells.
 const VCPU_IOCTLS: &[u64] = &[KVM_RUN, KVM_GET_REGS, KVM_SET_GSI_ROUTING, KVM_IOEVENTFD, KVM_SIGNAL_MSI];
 
-/// Points the boot processor to the kernel's entry, then interrupts (the power button).
-const MAIN_IOCTLS: &[u64] = &[KVM_SET_REGS, KVM_GET_SREGS, KVM_SET_SREGS, KVM_SIGNAL_MSI];
+/// Points the boot processor to the kernel's entry, or gives and takes the whole state of a machine (`crate::saved`), then
+/// interrupts (the power button).
+const MAIN_IOCTLS: &[u64] = &[
+    KVM_CHECK_EXTENSION,
+    KVM_GET_MSR_INDEX_LIST,
+    KVM_GET_CLOCK,
+    KVM_SET_CLOCK,
+    KVM_GET_REGS,
+    KVM_SET_REGS,
+    KVM_GET_SREGS,
+    KVM_SET_SREGS,
+    KVM_GET_MSRS,
+    KVM_SET_MSRS,
+    KVM_GET_LAPIC,
+    KVM_SET_LAPIC,
+    KVM_GET_MP_STATE,
+    KVM_SET_MP_STATE,
+    KVM_GET_VCPU_EVENTS,
+    KVM_SET_VCPU_EVENTS,
+    KVM_GET_DEBUGREGS,
+    KVM_SET_DEBUGREGS,
+    KVM_GET_TSC_KHZ,
+    KVM_SET_TSC_KHZ,
+    KVM_GET_XSAVE,
+    KVM_SET_XSAVE,
+    KVM_GET_XCRS,
+    KVM_SET_XCRS,
+    KVM_KVMCLOCK_CTRL,
+    KVM_SET_GSI_ROUTING,
+    KVM_SIGNAL_MSI,
+];
 
 /// Every device may interrupt.
 const DEVICE_IOCTLS: &[u64] = &[KVM_SIGNAL_MSI];

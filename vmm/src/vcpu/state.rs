@@ -20,6 +20,7 @@ const KIND: &str = "vcpu";
 const VERSION: u32 = 1;
 /// Most MSRs in one call: the kernel refuses more (`MAX_IO_MSRS` of arch/x86/kvm/x86.c is 256).
 const MSR_BATCH: usize = 200;
+const MSR_TSC: u32 = 0x10;
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
 
 #[derive(Serialize, Deserialize)]
@@ -41,15 +42,24 @@ pub struct VcpuPart {
     vcpu: Vcpu,
     /// What this host's KVM has of MSRs.
     known_msrs: Arc<[u32]>,
+    /// Ticks by which a restored time stamp counter is ahead of the saved one.
+    ahead: u64,
 }
 
 impl VcpuPart {
     /// The processor, on a host with these MSRs.
     pub fn new(vcpu: Vcpu, known_msrs: Arc<[u32]>) -> Self {
-        Self { vcpu, known_msrs }
+        Self { vcpu, known_msrs, ahead: 0 }
     }
 
-    fn kind(&self) -> String {
+    /// Restores the time stamp counter `ticks` ahead: as many as have passed since it was saved. It is the same for all
+    /// processors of a machine: KVM gives counters that are written within a second of each other one common offset.
+    pub fn ahead(self, ticks: u64) -> Self {
+        Self { ahead: ticks, ..self }
+    }
+
+    /// Kind of the processor's section: `vcpu/` and its number.
+    pub fn kind(&self) -> String {
         format!("{KIND}/{}", self.vcpu.index())
     }
 }
@@ -103,8 +113,11 @@ impl Persist for VcpuPart {
         fd.set_xcrs(&state.xcrs).map_err(failed("KVM_SET_XCRS"))?;
         fd.set_debug_regs(&state.debug).map_err(failed("KVM_SET_DEBUGREGS"))?;
         fd.set_lapic(&state.apic).map_err(failed("KVM_SET_LAPIC"))?;
-        let (deadline, others): (Vec<_>, Vec<_>) =
-            state.msrs.into_iter().partition(|(index, _)| *index == MSR_TSC_DEADLINE);
+        let mut msrs = state.msrs;
+        for (_, tsc) in msrs.iter_mut().filter(|(index, _)| *index == MSR_TSC) {
+            *tsc = tsc.wrapping_add(self.ahead);
+        }
+        let (deadline, others): (Vec<_>, Vec<_>) = msrs.into_iter().partition(|(index, _)| *index == MSR_TSC_DEADLINE);
         write_msrs(&fd, &others)?;
         write_msrs(&fd, &deadline)?;
         fd.set_vcpu_events(&state.events).map_err(failed("KVM_SET_VCPU_EVENTS"))
@@ -164,8 +177,6 @@ mod tests {
     use crate::vcpu::regs;
     use std::fs::File;
 
-    const MSR_TSC: u32 = 0x10;
-
     fn part(index: u8) -> VcpuPart {
         let ram = Ram::map(32 << 20).unwrap();
         let kvm = File::options().read(true).write(true).open("/dev/kvm").unwrap();
@@ -174,7 +185,7 @@ mod tests {
         let vm = Vm::new(kvm, &ram).unwrap();
         let vcpu = Vcpu::new(&vm, index).unwrap();
         let topology = Topology { vcpus: 2, tsc_deadline: vm.has_tsc_deadline_timer() };
-        vcpu.lock().set_cpuid2(&cpuid::for_vcpu(&supported, topology, index).unwrap()).unwrap();
+        vcpu.lock().set_cpuid2(&cpuid::for_vcpu(supported.as_slice(), topology, index).unwrap()).unwrap();
         regs::set_common(&vcpu.lock()).unwrap();
         VcpuPart::new(vcpu, vm.msr_indices().unwrap().into())
     }

@@ -2,6 +2,7 @@
 
 pub mod irq;
 mod legacy;
+pub mod parts;
 mod pci;
 mod virtio;
 
@@ -14,7 +15,7 @@ use ovms_config::vm::VmSpec;
 use ovms_devices::bus::{Bus, BusBuilder, BusError};
 use ovms_devices::console::{ByteSink, InputQueue, NullSink, Reader, Writer};
 use ovms_devices::irq::MsiSink;
-use ovms_devices::legacy::{Ioapic, Pm, Serial, VmGenId};
+use ovms_devices::legacy::{pm, Ioapic, Pm, Serial, VmGenId};
 use ovms_devices::machine::EventSink;
 use ovms_devices::pci::PciError;
 use ovms_devices::threads::Spawner;
@@ -22,6 +23,7 @@ use ovms_devices::virtio::balloon::Balloon;
 use ovms_devices::virtio::console::Console;
 use ovms_devices::virtio::pci::{TransportError, VirtioPci};
 use ovms_disk::Stack;
+use ovms_state::{Section, StateError};
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
@@ -29,6 +31,9 @@ use crate::fds::{FdError, Fds};
 use crate::kvm::Vm;
 use crate::layout;
 use crate::memory::Ram;
+use parts::{PartError, Parts, Sections};
+
+pub use virtio::InputOwner;
 
 /// Why the devices cannot be made.
 #[derive(Debug, Error)]
@@ -86,6 +91,8 @@ pub struct Environment<'a> {
     pub spec: &'a VmSpec,
     /// Starts device threads.
     pub spawner: &'a Spawner,
+    /// The console that reads the host's input.
+    pub input: InputOwner,
     /// Is told what the guest does to its machine.
     pub events: EventSink,
 }
@@ -105,12 +112,16 @@ pub struct Devices {
     /// COM1's output.
     pub console: Arc<dyn ByteSink>,
     /// The VM generation id.
-    pub generation_id: VmGenId,
+    pub generation_id: Arc<VmGenId>,
     /// The virtio console.
     pub virtio_console: Arc<Console>,
     /// Takes memory back from the guest.
     pub balloon: Arc<Balloon>,
-    disks: Vec<Arc<Stack>>,
+    /// The machine's disks in order.
+    pub disks: Vec<Arc<Stack>>,
+    /// The console that reads the host's input.
+    pub input_owner: InputOwner,
+    parts: Parts,
     functions: Vec<Arc<VirtioPci>>,
     writer: Option<Arc<Writer>>,
     input: Arc<InputQueue>,
@@ -123,7 +134,7 @@ impl Devices {
     /// # Errors
     /// [`WiringError`].
     pub fn new(environment: &Environment<'_>, fds: &mut Fds) -> Result<Self, WiringError> {
-        let Environment { vm, ram, spec, spawner, events } = environment;
+        let Environment { vm, ram, spec, spawner, events, .. } = environment;
         let messages: Arc<dyn MsiSink> = Arc::new(irq::Messages::new(Arc::clone(vm)));
         let ioapic = Ioapic::new(Arc::clone(&messages), Some(Arc::new(irq::Routes::new(Arc::clone(vm)))));
         let ends = &spec.config().console;
@@ -146,20 +157,22 @@ impl Devices {
         let mut mmio = BusBuilder::new();
         // Two consoles, one host: both write to it, one reads.
         let idle = Arc::new(InputQueue::new());
-        let (serial_input, virtio_input) = match virtio::InputOwner::of(spec.cmdline()) {
-            virtio::InputOwner::Serial => (Arc::clone(&input), idle),
-            virtio::InputOwner::Virtio => (idle, Arc::clone(&input)),
+        let (serial_input, virtio_input) = match environment.input {
+            InputOwner::Serial => (Arc::clone(&input), idle),
+            InputOwner::Virtio => (idle, Arc::clone(&input)),
         };
         let legacy = legacy::Legacy::insert(&mut ports, &mut mmio, ram, &ioapic, events, &console, &serial_input)?;
         let mut pci = pci::PciBuilder::new(vm, ram, messages, events)?;
         let ends = (virtio_input, Arc::clone(&console));
         let virtio = virtio::Virtio::new(&mut pci, spec.config(), fds, ends, Arc::new(Ram::clone(ram)), spawner)?;
-        pci.insert(&mut ports, &mut mmio)?;
-        let generation_id = VmGenId::new(layout::VMGENID_PAGE, random_guid());
+        let bus = pci.insert(&mut ports, &mut mmio)?;
+        let generation_id = Arc::new(VmGenId::new(layout::VMGENID_PAGE, random_guid()));
         ram.memory()
             .write_slice(&generation_id.guid(), GuestAddress(generation_id.address()))
             .map_err(WiringError::GenerationId)?;
+        let parts = Parts::new(&virtio.functions, bus, &legacy, &generation_id, &ioapic);
         Ok(Self {
+            parts,
             ports: ports.build(),
             mmio: mmio.build(),
             ioapic,
@@ -173,6 +186,7 @@ impl Devices {
             functions: virtio.functions,
             writer,
             input,
+            input_owner: environment.input,
             _reader: reader,
         })
     }
@@ -191,6 +205,40 @@ impl Devices {
             function.resume();
         }
         self.input.release();
+    }
+
+    /// Kinds of the sections that [`Devices::save`] gives.
+    pub fn kinds(&self) -> impl Iterator<Item = &str> {
+        self.parts.kinds()
+    }
+
+    /// Saves every device. They must be paused.
+    ///
+    /// # Errors
+    /// [`StateError`] of the first device that cannot be saved.
+    pub fn save(&self) -> Result<Vec<Section>, StateError> {
+        self.parts.save()
+    }
+
+    /// Gives every device its saved state. They stay paused until [`Devices::resume`]. `sections` are hostile.
+    ///
+    /// # Errors
+    /// [`PartError`] of the first device that refuses; the machine must not run then.
+    pub fn restore(&self, sections: &mut Sections<'_>) -> Result<(), PartError> {
+        self.input.hold();
+        self.parts.restore(sections)
+    }
+
+    /// Gives a machine that was cloned or went back in time another generation id, and tells its guest.
+    ///
+    /// # Errors
+    /// The page of the identifier is not in guest memory.
+    pub fn bump_generation(&self, ram: &Ram) -> Result<(), GuestMemoryError> {
+        let guid = random_guid();
+        self.generation_id.regenerate(guid);
+        ram.memory().write_slice(&guid, GuestAddress(self.generation_id.address()))?;
+        self.pm.raise_gpe(pm::GPE_VMGENID);
+        Ok(())
     }
 
     /// Freezes the top of disk `index` and goes on with a new one, whose data and map are `fds`. What the guest has

@@ -17,7 +17,7 @@ use ovms_devices::bus::{BusBuilder, BusDevice};
 use ovms_devices::irq::MsiSink;
 use ovms_devices::machine::EventSink;
 use ovms_devices::pci::{
-    BarListener, BarRange, MsiNotifier, PciFunction, PciRootBuilder, PvPanic, Slot, CONFIG_ADDRESS_PORT,
+    BarListener, BarRange, MsiNotifier, PciFunction, PciRoot, PciRootBuilder, PvPanic, Slot, CONFIG_ADDRESS_PORT,
     CONFIG_DATA_PORT, ECAM_LEN,
 };
 use ovms_devices::virtio::pci::{VirtioPci, BAR_LEN};
@@ -43,6 +43,7 @@ pub(super) struct PciBuilder<'a> {
     next_slot: u8,
     next_bar: u64,
     kicks: BTreeMap<u8, Vec<(u64, Arc<EventFd>)>>,
+    panic: Arc<PvPanic>,
 }
 
 impl<'a> PciBuilder<'a> {
@@ -53,6 +54,7 @@ impl<'a> PciBuilder<'a> {
         messages: Arc<dyn MsiSink>,
         events: &EventSink,
     ) -> Result<Self, WiringError> {
+        let panic = PvPanic::new(PANIC_BAR, Arc::clone(events)).ok_or(WiringError::Bar("pvpanic"))?;
         let mut builder = Self {
             root: PciRootBuilder::new(&[WINDOW]),
             vm,
@@ -61,8 +63,8 @@ impl<'a> PciBuilder<'a> {
             next_slot: 1,
             next_bar: PANIC_BAR + BAR_LEN,
             kicks: BTreeMap::new(),
+            panic: Arc::clone(&panic),
         };
-        let panic = PvPanic::new(PANIC_BAR, Arc::clone(events)).ok_or(WiringError::Bar("pvpanic"))?;
         builder.add(panic)?;
         Ok(builder)
     }
@@ -89,8 +91,12 @@ impl<'a> PciBuilder<'a> {
         Ok(function)
     }
 
-    /// Freezes the bus and puts its registers on the machine's buses.
-    pub(super) fn insert(mut self, ports: &mut BusBuilder, mmio: &mut BusBuilder) -> Result<(), WiringError> {
+    /// Freezes the bus and puts its registers on the machine's buses. Gives what a snapshot keeps of it.
+    pub(super) fn insert(
+        mut self,
+        ports: &mut BusBuilder,
+        mmio: &mut BusBuilder,
+    ) -> Result<(Arc<PciRoot>, Arc<PvPanic>), WiringError> {
         let kicks = Arc::new(Kicks { vm: Arc::clone(self.vm), queues: self.kicks, places: Mutex::default() });
         self.root.listener(kicks.clone());
         let root = self.root.build();
@@ -102,7 +108,7 @@ impl<'a> PciBuilder<'a> {
             let window = Window { base: range.address, device, kicks: Arc::clone(&kicks) };
             mmio.insert(range.address, range.size, Arc::new(window))?;
         }
-        Ok(())
+        Ok((root, self.panic))
     }
 }
 

@@ -14,6 +14,7 @@ use ovms_devices::virtio::pci::VirtioPci;
 use ovms_devices::virtio::rng::Rng;
 use ovms_devices::virtio::MemoryDiscard;
 use ovms_disk::{Stack, StackFiles, TopFiles};
+use serde::{Deserialize, Serialize};
 
 use super::pci::PciBuilder;
 use super::WiringError;
@@ -23,15 +24,18 @@ use crate::fds::Fds;
 const MAX_DISK_QUEUES: u32 = 4;
 
 /// Which of the two consoles the host's input goes to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum InputOwner {
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum InputOwner {
+    /// COM1.
     Serial,
+    /// The virtio console.
     Virtio,
 }
 
 impl InputOwner {
     /// The console that the kernel makes /dev/console: the last `console=` of its command line.
-    pub(super) fn of(cmdline: &str) -> Self {
+    pub fn of(cmdline: &str) -> Self {
         let last = cmdline.split_ascii_whitespace().filter_map(|word| word.strip_prefix("console=")).next_back();
         match last {
             Some(name) if name.starts_with("hvc") => Self::Virtio,
