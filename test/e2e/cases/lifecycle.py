@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -224,7 +223,7 @@ def image_removed_under_a_running_machine(bed: Bed) -> None:
 def writes_stay_in_the_machine_that_made_them(bed: Bed) -> None:
     """A machine finds its own writes again; another machine of the same image and the base files do not."""
     image = bed.import_vm("disk")
-    before = _hashes(bed)
+    before = bed.hashes()
     write = ("--annotation", "io.ovms.kernel-args=sector=0")
 
     first = bed.vm(image, "vm1", *write).out
@@ -235,7 +234,7 @@ def writes_stay_in_the_machine_that_made_them(bed: Bed) -> None:
     contains(first, "sector 0: only the diff layer", "the first machine's console")
     contains(second, "sector 0: only the diff layer", "the second machine's console")
     check("disk good" in again and "only the diff layer" not in again, f"the first machine lost its write: {again!r}")
-    after = _hashes(bed)
+    after = bed.hashes()
     changed = [name for name, value in before.items() if after.get(name) != value]
     check(before and not changed, f"these files of the image changed: {changed}")
 
@@ -244,7 +243,7 @@ def writes_stay_in_the_machine_that_made_them(bed: Bed) -> None:
 def two_machines_write_at_once(bed: Bed) -> None:
     """Two Debian machines of one image, running at once, see only their own writes, and the image stays as it was."""
     image = bed.import_vm("write")
-    before = _hashes(bed)
+    before = bed.hashes()
     for name in ("vm1", "vm2"):
         console = bed.dir / f"{name}.console"
         bed.vm(image, name, "-d", "--log-uri", f"file://{console}", "--memory-limit", str(256 << 20),
@@ -260,7 +259,7 @@ def two_machines_write_at_once(bed: Bed) -> None:
         session.expect("found vm1")
         bed.containerd.ctr("task", "kill", "-s", "SIGKILL", "vm1")
         session.wait(status=None)
-    changed = [name for name, value in before.items() if _hashes(bed).get(name) != value]
+    changed = [name for name, value in before.items() if bed.hashes().get(name) != value]
     check(before and not changed, f"these files of the image changed: {changed}")
 
 
@@ -320,13 +319,3 @@ def info_shows_what_containerd_stored(bed: Bed) -> None:
 
     check(info["Snapshotter"] == "ovms", f"the snapshotter is {info['Snapshotter']}")
     check(info["Runtime"]["Name"] == "io.containerd.ovms.v1", f"the runtime is {info['Runtime']}")
-
-
-def _hashes(bed: Bed) -> dict[str, str]:
-    """Hashes of all files that layers were unpacked into; the writable tops and the daemon's own books change."""
-    found = {}
-    for path in sorted(bed.ovms.state.rglob("*")):
-        shared = path.is_file() and ("layer" in path.name or path.suffix in (".data", ".raw", ".map", ".table"))
-        if shared and "top" not in path.name:
-            found[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return found

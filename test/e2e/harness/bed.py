@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 import shutil
 import tempfile
@@ -174,6 +175,17 @@ class Bed:
         check(not left, f"records of machines are left: {left}")
         vmms = [name for name in process.descendants().values() if "ovms-vmm" in name]
         check(not vmms, f"VMMs are left: {vmms}")
+
+    def hashes(self) -> dict[str, str]:
+        """Hashes of all files that layers and RAM were unpacked into; writable tops and the daemon's own books change."""
+        found = {}
+        for path in sorted(self.ovms.state.rglob("*")):
+            shared = path.is_file() and ("layer" in path.name or path.suffix in (".data", ".raw", ".map", ".table")
+                                         or path.name in ("memory", "state"))
+            if shared and "top" not in path.name:
+                with path.open("rb") as file:
+                    found[str(path)] = hashlib.file_digest(file, "sha256").hexdigest()
+        return found
 
     def run(self, argv: list[str | Path], *, status: int | None = 0, timeout: float | None = None) -> process.Done:
         """Runs a command with the settings of this bed."""

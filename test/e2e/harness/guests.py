@@ -47,6 +47,7 @@ NATIVE = {
     "disk": Kind("disk", ready="sector 0:"),
     "cpus": Kind("smp", ready="cpus"),
     "memory": Kind("memtop", ready="ram"),
+    "tally": Kind("tally", "fill=16", "count "),
 }
 STOCK = {
     "poweroff": Kind("poweroff", ready="ovms-guest: powering off"),

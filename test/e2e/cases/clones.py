@@ -1,0 +1,287 @@
+"""Images that carry RAM: taken with `ovm snapshot`, distributed by a registry, resumed by containerd and by `ovm run`."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+
+from e2e.harness import process, tally
+from e2e.harness.bed import Bed
+from e2e.harness.case import case, check, contains
+from e2e.harness.terminal import Session
+
+_COLD = ("--annotation", "io.ovms.boot=cold")
+
+
+@case(guests=("native",))
+def three_clones_go_on_from_one_count(bed: Bed) -> None:
+    """Taken while it runs, pushed, pulled and run three times: the same count, memory and disk of one instant, bases as they were."""
+    image, before = tally.image_with_ram(bed)
+    hashes = bed.hashes()
+
+    consoles = {name: tally.start(bed, image, name) for name in ("one", "two", "three")}
+
+    firsts = {name: tally.first(console) for name, console in consoles.items()}
+    check(len(set(firsts.values())) == 1 and min(firsts.values()) >= before, f"{firsts}, the origin was at {before}")
+    for name, console in consoles.items():
+        tally.end(bed, name, console)
+    changed = [name for name, value in hashes.items() if bed.hashes().get(name) != value]
+    check(hashes and not changed, f"these files of the image changed: {changed}")
+    bed.nothing_half_made()
+
+
+@case(guests=("native",))
+def the_timeline_of_a_restore_is_logged(bed: Bed) -> None:
+    """containerd's log has the steps of the start."""
+    image, _ = tally.image_with_ram(bed)
+
+    console = tally.start(bed, image, "one")
+
+    tally.end(bed, "one", console)
+    lines = [line for line in bed.containerd.log.splitlines() if "the guest lives" in line]
+    check(lines, "there is no time line in the log")
+    for step in ("spawned", "restore", "first exit"):
+        contains(lines[-1], step, "the time line")
+
+
+@case(guests=("native",), seconds=90)
+def a_clone_of_a_clone_is_snapshotted(bed: Bed) -> None:
+    """Twice in a row: each image holds only what changed against the one before, and the last one runs by itself."""
+    image, count = tally.image_with_ram(bed)
+    sizes = []
+    for generation in (2, 3):
+        console = tally.start(bed, image, "clone")
+        check(tally.first(console) >= count, f"generation {generation} began at {tally.first(console)}, not behind {count}")
+        count = tally.await_counts(bed, console)
+        ref = bed.registry.ref(f"ram:{generation}")
+        tally.snapshot(bed, "clone", ref)
+        tally.await_counts(bed, console)
+        tally.end(bed, "clone", console)
+        bed.containerd.ctr("images", "rm", "--sync", image)
+        image = tally.pull(bed, ref)
+        sizes.append(_ram_sizes(ref))
+
+    console = tally.start(bed, image, "clone")
+
+    check(tally.first(console) >= count, f"the last one began at {tally.first(console)}, not behind {count}")
+    tally.end(bed, "clone", console)
+    check([len(found) for found in sizes] == [2, 3], f"the RAM blobs of the images have {sizes} bytes")
+    check(len(set(map(tuple, (sorted(found)[-1:] for found in sizes)))) == 1, f"a RAM blob was written in full again: {sizes}")
+
+
+def _ram_sizes(ref: str) -> list[int]:
+    """Sizes of the RAM blobs of an image in a registry, in the manifest's order."""
+    manifest = json.loads(process.run(["skopeo", "inspect", "--raw", "--tls-verify=false", f"docker://{ref}"]).out)
+    return [layer["size"] for layer in manifest["layers"] if "ramsnap" in layer["mediaType"]]
+
+
+@case(guests=("native",))
+def cold_boot_by_annotation(bed: Bed) -> None:
+    """`io.ovms.boot=cold` boots the same image: it counts from 0, on the disk of the snapshot."""
+    image, _ = tally.image_with_ram(bed)
+
+    console = tally.start(bed, image, "cold", *_COLD, *tally.SMALL)
+
+    check(tally.first(console) == 0, f"it began at {tally.first(console)}")
+    tally.end(bed, "cold", console)
+
+
+@case(guests=("native",), containerds=("containerd-2.4",))
+def unknown_annotations_of_ram_are_refused(bed: Bed) -> None:
+    """A misspelt wish is named, not ignored."""
+    image = bed.import_vm("poweroff")
+
+    for wish in ("io.ovms.boot=warm", "io.ovms.on-incompatible=ignore"):
+        bed.refused(bed.vm(image, "vm", "--rm", "--annotation", wish, status=None), wish)
+        bed.containerd.ctr("containers", "delete", "vm", status=None)
+    bed.nothing_half_made()
+
+
+@case(guests=("native",), containerds=("containerd-2.4",))
+def the_hosts_policy_decides(bed: Bed) -> None:
+    """`[ram] policy`: deny and signed refuse an image with RAM and say the way out; a cold boot needs no permission."""
+    image, before = tally.image_with_ram(bed)
+
+    for policy in ("deny", "signed"):
+        bed.ovms.write_settings(extra=f'[ram]\npolicy = "{policy}"\n')
+        done = bed.vm(image, "vm", "--rm", status=None)
+        bed.refused(done, "policy", "io.ovms.boot=cold")
+        bed.containerd.ctr("containers", "delete", "vm", status=None)
+        console = tally.start(bed, image, policy, *_COLD, *tally.SMALL)
+        check(tally.first(console) == 0, f"it began at {tally.first(console)}")
+        tally.end(bed, policy, console)
+    bed.ovms.write_settings()
+    console = tally.start(bed, image, "vm")
+    check(tally.first(console) >= before, f"it began at {tally.first(console)}")
+    tally.end(bed, "vm", console)
+
+
+@case(guests=("native",))
+def overrides_do_not_change_the_saved_state(bed: Bed) -> None:
+    """Another memory size than the snapshot's is refused by name, or has no effect; limits of the group apply."""
+    image, before = tally.image_with_ram(bed)
+
+    console = tally.start(bed, image, "vm", "--cpu-shares", "512")
+
+    check(tally.first(console) >= before, f"it began at {tally.first(console)}")
+    tally.end(bed, "vm", console)
+
+
+@case(guests=("native",), containerds=())
+def ovm_run_resumes(bed: Bed) -> None:
+    """`ovm run -d`, `snapshot`, `ps`, `stop`, `rm` and again `run`, with no daemon at all."""
+    bed.ovms.ovm("run", "-d", "--name", "origin", "--memory", "64M", bed.guests.layout("tally"))
+    contains(bed.ovms.ovm("ps").out, "origin", "ovm ps")
+    time.sleep(1)
+    bed.ovms.ovm("snapshot", "origin", "-t", "localhost/ram:1")
+    bed.ovms.ovm("stop", "origin")
+    bed.ovms.ovm("rm", "origin", status=None)
+    firsts = []
+
+    for _ in range(2):
+        with Session([str(bed.ovms.program("ovm")), "run", "localhost/ram:1"], bed.ovms.env, tty=False,
+                     patience=bed.patience * 2) as session:
+            session.expect(r"count \d+\r?\n(.|\n)*count \d+\r?\n")
+            firsts.append(tally.counts(session.text)[0])
+            session.signal(signal.SIGTERM)
+            session.expect("all good at")
+            session.wait()
+
+    check(firsts[0] == firsts[1] and firsts[0] > 0, f"they went on from {firsts}")
+    check("origin" not in bed.ovms.ovm("ps").out, "the origin is still there")
+
+
+@case(guests=("native",))
+def through_the_local_store_and_back(bed: Bed) -> None:
+    """`ovm snapshot` into the local store, `ovm push`, `ovm pull` and `ovm run`."""
+    base = bed.registry.push(bed.guests.layout("tally"), "tally:1", "--preserve-digests")
+    console = tally.start(bed, tally.pull(bed, base), "vm", *tally.SMALL)
+    before = tally.await_counts(bed, console)
+    ref = bed.registry.ref("ram:1")
+    tally.snapshot(bed, "vm", ref)
+    tally.end(bed, "vm", console)
+
+    bed.ovms.ovm("pull", ref)
+    with Session([str(bed.ovms.program("ovm")), "run", ref], bed.ovms.env, tty=False, patience=bed.patience * 2) as session:
+        session.expect(r"count \d+\r?\n(.|\n)*count \d+\r?\n")
+        first = tally.counts(session.text)[0]
+        session.signal(signal.SIGTERM)
+        session.expect("all good at")
+        session.wait()
+
+    check(first >= before, f"it went on from {first}, the origin was at {before}")
+
+
+@case(guests=("native",))
+def a_snapshot_that_is_given_up_leaves_nothing(bed: Bed) -> None:
+    """Ctrl-C to `ovm snapshot`: the machine goes on, and a later snapshot works."""
+    base = bed.registry.push(bed.guests.layout("tally"), "tally:1", "--preserve-digests")
+    console = tally.start(bed, tally.pull(bed, base), "vm", *tally.SMALL)
+    argv = [str(bed.ovms.program("ovm")), "snapshot", f"{bed.namespace}/vm", "-t", bed.registry.ref("ram:1")]
+    for delay in (0.0, 0.02, 0.1, 0.3):
+        with Session(argv, bed.ovms.env, tty=False, patience=bed.patience) as session:
+            time.sleep(delay)
+            session.signal(signal.SIGINT)
+            session.wait(status=None)
+        tally.await_counts(bed, console)
+
+    before = tally.await_counts(bed, console)
+    tally.snapshot(bed, "vm", bed.registry.ref("ram:2"))
+    tally.end(bed, "vm", console)
+
+    clone = tally.start(bed, tally.pull(bed, bed.registry.ref("ram:2")), "clone")
+    check(tally.first(clone) >= before, f"it began at {tally.first(clone)}, not behind {before}")
+    tally.end(bed, "clone", clone)
+
+
+def _sized(bed: Bed, memory: str) -> None:
+    image, before = tally.image_with_ram(bed, "ram:1", "--annotation", f"io.ovms.memory={memory}")
+
+    for name in ("one", "two"):
+        console = tally.start(bed, image, name)
+        check(tally.first(console) >= before, f"{name} began at {tally.first(console)}, not behind {before}")
+        tally.end(bed, name, console)
+
+
+@case(guests=("native",), containerds=("containerd-2.4",))
+def of_128_mib(bed: Bed) -> None:
+    """A machine of 128 MiB."""
+    _sized(bed, "128M")
+
+
+@case(guests=("native",), containerds=("containerd-2.4",))
+def of_2_gib(bed: Bed) -> None:
+    """A machine of 2 GiB."""
+    _sized(bed, "2G")
+
+
+@case(guests=("native",), containerds=("containerd-2.4",), seconds=120)
+def of_16_gib(bed: Bed) -> None:
+    """A machine of 16 GiB, nearly all of it never touched: neither blob nor files grow with that."""
+    _sized(bed, "16G")
+
+    used = sum(path.stat().st_blocks * 512 for path in bed.ovms.state.rglob("*") if path.is_file())
+    check(used < 256 << 20, f"the snapshotter's files take {used >> 20} MiB")
+
+
+@case(guests=("native",), containerds=("containerd-2.4",), seconds=240)
+def a_hundred_clones_at_once(bed: Bed) -> None:
+    """A hundred machines go on from one snapshot beside each other."""
+    image, before = tally.image_with_ram(bed)
+    names = [f"vm{number}" for number in range(100)]
+
+    for name in names:
+        bed.vm(image, name, "-d", "--log-uri", f"file://{bed.dir / name}.console")
+    consoles = {name: bed.dir / f"{name}.console" for name in names}
+    process.until("all have counted", lambda: all(tally.said(console) for console in consoles.values()), bed.patience * 8)
+
+    firsts = {tally.first(console) for console in consoles.values()}
+    check(len(firsts) == 1 and min(firsts) >= before, f"they began at {firsts}, the origin was at {before}")
+    check(bed.containerd.tasks() == dict.fromkeys(names, "RUNNING"), f"tasks: {bed.containerd.tasks()}")
+    for name in names:
+        bed.containerd.ctr("task", "kill", "-s", "SIGKILL", name)
+    for name in names:
+        bed.await_state(name, "STOPPED")
+        bed.containerd.delete_task(name, 137)
+        bed.containerd.ctr("containers", "delete", name)
+    bed.nothing_half_made()
+
+
+@case(guests=("native",))
+def removed_with_its_last_user(bed: Bed) -> None:
+    """What RAM was unpacked to stays as long as a machine or an image needs it, and not longer."""
+    image, _ = tally.image_with_ram(bed)
+    console = tally.start(bed, image, "vm")
+
+    bed.containerd.ctr("images", "rm", "--sync", image)
+    check(_unpacked(bed), "the RAM of a running machine was removed")
+    tally.await_counts(bed, console)
+    tally.end(bed, "vm", console)
+    for name in bed.image_names():
+        bed.containerd.ctr("images", "rm", "--sync", name)
+
+    process.until("the RAM is gone", lambda: not _unpacked(bed), bed.patience)
+
+
+def _unpacked(bed: Bed) -> list[str]:
+    return [str(path) for path in bed.ovms.state.rglob("memory") if "ram" in path.parts]
+
+
+@case(guests=("native",), containerds=("containerd-2.4",))
+def its_manifest_says_what_it_is(bed: Bed) -> None:
+    """The image is the base with a diff and RAM on top; `subject` is the base, and the base's layers are not sent again."""
+    base = bed.registry.push(bed.guests.layout("tally"), "vm:1", "--preserve-digests")
+    console = tally.start(bed, tally.pull(bed, base), "vm", *tally.SMALL)
+    ref = bed.registry.ref("vm:2")
+
+    tally.snapshot(bed, "vm", ref)
+
+    tally.end(bed, "vm", console)
+    raw = process.run(["skopeo", "inspect", "--raw", "--tls-verify=false", f"docker://{ref}"]).out
+    before = process.run(["skopeo", "inspect", "--raw", "--tls-verify=false", f"docker://{base}"]).out
+    manifest, bottom = json.loads(raw), json.loads(before)
+    digests = [layer["digest"] for layer in manifest["layers"]]
+    missing = [layer["digest"] for layer in bottom["layers"] if "qcow2" in json.dumps(layer) and layer["digest"] not in digests]
+    check(not missing, f"these disk layers of the base are not in the snapshot: {missing}")
+    check(manifest.get("subject"), f"there is no subject: {raw[:400]}")

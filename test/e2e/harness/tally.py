@@ -1,0 +1,88 @@
+"""The bare-metal guest that counts in memory and on disk: what it said, and whether it is whole."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from . import process
+from .bed import Bed
+from .case import check, contains
+
+#: Little memory, so that many fit.
+SMALL = ("--annotation", "io.ovms.memory=64M")
+
+
+def counts(text: str) -> list[int]:
+    """What it counted, from whole lines: a machine that goes on from a snapshot may begin in the middle of one."""
+    return [int(count) for count in re.findall(r"^count (\d+)\r?\n", text, re.MULTILINE)]
+
+
+def said(console: Path) -> list[int]:
+    """The same from a console that goes to a file."""
+    return counts(console.read_text(encoding="utf-8", errors="replace")) if console.exists() else []
+
+
+def start(bed: Bed, image: str, name: str, *flags: str) -> Path:
+    """Starts a detached machine of the image; returns its console once it has counted twice."""
+    console = bed.dir / f"{name}.console"
+    bed.vm(image, name, "-d", "--log-uri", f"file://{console}", *flags)
+    await_counts(bed, console)
+    return console
+
+
+def await_counts(bed: Bed, console: Path, more: int = 2) -> int:
+    """Waits until it has counted on; returns its last count."""
+    before = len(said(console))
+    try:
+        process.until(f"{console.stem} counts", lambda: len(said(console)) >= before + more, bed.patience * 2)
+    except Exception as failure:
+        text = console.read_text(encoding="utf-8", errors="replace") if console.exists() else ""
+        raise type(failure)(f"{failure}; its console: {text[-300:]!r}") from None
+    return said(console)[-1]
+
+
+def first(console: Path) -> int:
+    """The first count on a console."""
+    found = said(console)
+    check(found, f"{console.stem} has not counted")
+    return found[0]
+
+
+def end(bed: Bed, name: str, console: Path) -> None:
+    """Presses the power button; fails the case unless memory and disk are whole and of one instant."""
+    bed.containerd.ctr("task", "kill", "-s", "SIGTERM", name)
+    bed.await_state(name, "STOPPED")
+    contains(console.read_text(encoding="utf-8", errors="replace"), "all good at", f"the console of {name}")
+    bed.containerd.delete_task(name)
+    bed.containerd.ctr("containers", "delete", name)
+
+
+def kill(bed: Bed, name: str) -> None:
+    """Ends a machine by force and removes it."""
+    bed.containerd.ctr("task", "kill", "-s", "SIGKILL", name)
+    bed.await_state(name, "STOPPED")
+    bed.containerd.delete_task(name, 137)
+    bed.containerd.ctr("containers", "delete", name)
+
+
+def snapshot(bed: Bed, name: str, ref: str, *flags: str, status: int | None = 0) -> process.Done:
+    """`ovm snapshot` of a machine that containerd started; the reference's registry gets the image."""
+    return bed.ovms.ovm("snapshot", f"{bed.namespace}/{name}", "-t", ref, *flags, status=status)
+
+
+def pull(bed: Bed, ref: str) -> str:
+    """Pulls an image and unpacks it with our snapshotter."""
+    bed.containerd.ctr("images", "pull", "--plain-http", "--snapshotter", "ovms", ref)
+    return ref
+
+
+def image_with_ram(bed: Bed, tag: str = "ram:1", *flags: str) -> tuple[str, int]:
+    """Makes a RAM snapshot of a counting machine and pulls it; returns the image and the count that it had passed."""
+    base = bed.registry.push(bed.guests.layout("tally"), "tally:1", "--preserve-digests")
+    console = start(bed, pull(bed, base), "origin", *(flags or SMALL))
+    before = await_counts(bed, console)
+    snapshot(bed, "origin", bed.registry.ref(tag))
+    await_counts(bed, console)
+    end(bed, "origin", console)
+    return pull(bed, bed.registry.ref(tag)), before
