@@ -25,6 +25,7 @@
 
 pub mod bus;
 pub mod console;
+pub mod dirty;
 pub mod irq;
 pub mod legacy;
 mod log_limit;
@@ -39,5 +40,5 @@ pub mod testkit;
 pub mod threads;
 pub mod virtio;
 
-/// Guest memory as every device sees it.
-pub type GuestMemory = vm_memory::GuestMemoryMmap<()>;
+/// Guest memory as every device sees it. What devices write into it is noted while a snapshot asks for it.
+pub type GuestMemory = vm_memory::GuestMemoryMmap<dirty::DirtyLog>;
