@@ -8,7 +8,7 @@
 //!     fs/          what clients mount: overlay's upper or lower directory, or the bind source of a machine
 //!     work/        overlay's work directory
 //!     layer/       a machine's layer in block-stack form (crate::machine)
-//!     top/         a machine's writable disk, made when it is first resolved
+//!     top/         a machine's writable disk, made when it is first resolved, and what was frozen of it
 //!   blobs/<hex>    copies of kernels and initial RAM disks
 //!   tmp/           what is being made; emptied at start
 //! ```
@@ -137,14 +137,9 @@ impl Layout {
     }
 }
 
-/// The data file of the top in a snapshot's directory.
-pub fn top_data(snapshot: &Path) -> PathBuf {
-    snapshot.join("top").join("data")
-}
-
-/// The map file of the top in a snapshot's directory.
-pub fn top_map(snapshot: &Path) -> PathBuf {
-    snapshot.join("top").join("map")
+/// The tops in a snapshot's directory; the bundle record says which files in it are what.
+pub fn top_dir(snapshot: &Path) -> PathBuf {
+    snapshot.join("top")
 }
 
 /// Makes a directory with exactly this mode, whatever the umask.

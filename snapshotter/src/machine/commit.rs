@@ -6,11 +6,10 @@ use std::fs;
 use std::path::Path;
 
 use ovms_artifact::media;
-use rustix::fs::FlockOperation;
 
+use super::tops::Tops;
 use crate::daemon::Daemon;
 use crate::error::{Context, Error, Result};
-use crate::layout;
 use crate::store::{Content, Layer, Record};
 
 /// Decides what a snapshot that is being committed holds. Says whether work is left for [`super::finish`].
@@ -20,9 +19,12 @@ pub fn at_commit(daemon: &Daemon, record: &mut Record, below: Option<&Record>) -
         Content::Files if below.is_none() && holds_machine(&dir.join("fs"))? == Found::Machine => {
             record.content = Content::Machine(Layer::Unpacked);
         }
+        Content::Machine(Layer::Empty | Layer::Ready) if tops_are_there(&dir)? => {
+            record.content = Content::Machine(Layer::Unpacked);
+        }
         Content::Machine(Layer::Empty) => {
             let found = holds_machine(&dir.join("fs"))?;
-            if top_is_there(&dir)? || found == Found::Machine {
+            if found == Found::Machine {
                 record.content = Content::Machine(Layer::Unpacked);
             } else if found == Found::Nothing {
                 record.content = Content::Machine(Layer::Ready);
@@ -70,16 +72,10 @@ fn holds_machine(fs: &Path) -> Result<Found> {
     Ok(if !found.is_empty() && found.iter().all(ours) { Found::Machine } else { Found::Other })
 }
 
-/// Whether a container ran on this snapshot; its top becomes the layer, so no machine may hold it.
-fn top_is_there(dir: &Path) -> Result<bool> {
-    let top = layout::top_data(dir);
-    if !top.exists() {
-        return Ok(false);
-    }
-    let file = fs::File::open(&top).context(|| format!("cannot open {}", top.display()))?;
-    rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|_| {
-        Error::precondition("the machine's disk is in use: stop the machine before its snapshot is committed")
-    })?;
+/// Whether a container ran on this snapshot; its tops become the layer, so no machine may hold them.
+fn tops_are_there(dir: &Path) -> Result<bool> {
+    let Some(tops) = Tops::find(dir)? else { return Ok(false) };
+    tops.check_unused()?;
     Ok(true)
 }
 

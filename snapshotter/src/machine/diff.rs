@@ -1,4 +1,5 @@
-//! `Diff` of a machine's snapshot: its top as a disk layer that runs.
+//! `Diff` of a machine's snapshot: its tops as one disk layer that runs. A machine that is running goes on meanwhile: its
+//! disk is frozen, and what was frozen is read ([`super::tops`]).
 //!
 //! The layer is one tar with a new descriptor and the top as `ovm/disk.qcow2`. The descriptor comes first and names the
 //! disk by the digest of its file, since it cannot name the layer that it lies in. The disk is written twice, once to
@@ -12,10 +13,12 @@ use flate2::write::GzEncoder;
 use ovms_artifact::digest::{Digest, Hasher};
 use ovms_artifact::manifest::{DiskFormat, DiskLayer, Manifest};
 use ovms_artifact::media::{self, Compression};
-use ovms_bundle::Bundle;
+use ovms_bundle::Record;
 use ovms_disk::qcow2::Plan;
+use ovms_disk::Stack;
 
 use super::resolve::prepare;
+use super::tops::{open_still, Still};
 use crate::containerd::Scope;
 use crate::daemon::Daemon;
 use crate::error::{Context, Error, Kind as ErrorKind, Result};
@@ -47,8 +50,9 @@ pub async fn diff(daemon: &Arc<Daemon>, scope: &Scope, request: DiffRequest, cha
     let (writer, upload) = upload::begin(daemon.containerd.content(), scope, &reference).await;
     let written = daemon
         .blocking(move |_| {
-            let bundle = Bundle::open(&prepared.bundle, "a commit of its disk", true).map_err(in_use)?;
-            write_layer(bundle, writer, compression)
+            let Still { record, stack } = open_still(&prepared.bundle)?;
+            let stack = stack.ok_or_else(|| Error::invalid("the machine has no disk, so there is no diff of it"))?;
+            write_layer(record, &stack, writer, compression)
         })
         .await;
     let written = match written {
@@ -67,16 +71,6 @@ pub async fn diff(daemon: &Arc<Daemon>, scope: &Scope, request: DiffRequest, cha
     })
 }
 
-fn in_use(err: ovms_bundle::Error) -> Error {
-    match err {
-        err @ ovms_bundle::Error::InUse { .. } => {
-            Error::precondition("the disk of a running machine cannot be written out yet: stop the machine first")
-                .because(err)
-        }
-        err => Error::internal("the machine's disk cannot be opened").because(err),
-    }
-}
-
 /// What was written.
 struct Written {
     diff_id: Digest,
@@ -84,12 +78,9 @@ struct Written {
     size: u64,
 }
 
-fn write_layer(bundle: Bundle, writer: BlobWriter, compression: Compression) -> Result<Written> {
+fn write_layer(record: Record, stack: &Stack, writer: BlobWriter, compression: Compression) -> Result<Written> {
     let failed = || "the disk diff cannot be written";
-    let Bundle { record, disk, .. } = bundle;
-    let disk = disk.ok_or_else(|| Error::invalid("the machine has no disk, so there is no diff of it"))?;
-    let stack = disk.into_stack().context(failed)?;
-    let plan = Plan::diff(&stack).context(failed)?;
+    let plan = Plan::diff(stack).context(failed)?;
     let mut hasher = Hasher::new();
     plan.write_to(&mut hasher).context(failed)?;
     let (size, digest) = (hasher.size(), hasher.finish());
@@ -109,7 +100,8 @@ fn write_layer(bundle: Bundle, writer: BlobWriter, compression: Compression) -> 
     Ok(Written { diff_id, size: blob.hasher.size(), digest: blob.hasher.finish() })
 }
 
-/// The machine's manifest with this disk as one more layer, and with the digests of what it boots.
+/// The machine's manifest with this disk as one more layer, and with the digests of what it boots. RAM that the image
+/// carries belongs to the disk as it was then, so it goes.
 fn descriptor(
     mut manifest: Manifest,
     kernel: &Option<PathBuf>,
@@ -129,6 +121,7 @@ fn descriptor(
     if let (Some(initrd), Some(digest)) = (&mut manifest.initrd, digest_of(initrd)?) {
         initrd.reference = digest.into();
     }
+    manifest.ram_snapshot = None;
     manifest.disk_layers.push(DiskLayer {
         reference: disk.into(),
         format: DiskFormat::Qcow2,

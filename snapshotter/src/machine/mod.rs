@@ -21,6 +21,7 @@ mod copies;
 mod diff;
 mod image;
 mod resolve;
+mod tops;
 mod unpack;
 
 use std::fs;

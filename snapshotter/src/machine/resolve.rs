@@ -17,7 +17,7 @@ use crate::layout;
 use crate::store::{Chain, Content, Kind};
 
 /// Name of the bundle record in a snapshot's directory.
-const BUNDLE: &str = "bundle.json";
+pub const BUNDLE: &str = "bundle.json";
 /// Name of the file beside it with the image's arguments, where its config was read.
 const ARGS: &str = "args.json";
 
@@ -220,7 +220,7 @@ fn check_places(places: &[usize], layers: &[ReadyLayer]) -> Result<()> {
 
 fn write_bundle(daemon: &Daemon, dir: &Path, record: &Record, args: Option<&[String]>) -> Result<()> {
     let failed = || format!("cannot make the machine in {}", dir.display());
-    let top = dir.join("top");
+    let top = layout::top_dir(dir);
     if let (Some(disk), false) = (&record.disk, top.exists()) {
         let made = tempfile::Builder::new().prefix("top-").tempdir_in(daemon.layout.tmp()).context(failed)?;
         let paths = TopPaths { data: made.path().join("data"), map: made.path().join("map") };

@@ -15,9 +15,11 @@ use ovms_artifact::manifest::{DiskFormat, Manifest, MAX_MANIFEST};
 use ovms_artifact::media;
 use ovms_bundle::layer as files;
 use ovms_bundle::worker::{Job, Launcher, Outcome, Progress, Source, Unpacked};
+use ovms_bundle::TopPaths;
 use ovms_config::vm::MAX_LAYERS;
 use ovms_disk::{Table, Top};
 
+use super::tops::Tops;
 use super::{disk_below, layer_dir, layers_below, write, Layer, LayerDisk, LAYER, MANIFEST, TABLE};
 use crate::containerd::Scope;
 use crate::daemon::Daemon;
@@ -211,9 +213,10 @@ fn convert(daemon: &Daemon, chain: &Chain) -> Result<()> {
     let dir = daemon.layout.snapshot(chain.record.number);
     let made = tempfile::Builder::new().prefix("layer-").tempdir_in(daemon.layout.tmp());
     let made = made.context(|| "cannot make a directory for the layer")?;
-    let top = layout::top_data(&dir);
-    if top.exists() {
-        return convert_top(daemon, chain, &dir, made);
+    if layout::top_dir(&dir).exists() {
+        if let Some(tops) = Tops::find(&dir)? {
+            return convert_tops(daemon, chain, &tops, made);
+        }
     }
     let fs = dir.join("fs");
     let descriptor = read_descriptor(&fs)?;
@@ -235,18 +238,27 @@ fn convert(daemon: &Daemon, chain: &Chain) -> Result<()> {
     settle(daemon, chain, made, &unpacked, descriptor.as_deref())
 }
 
-/// A container's top is a layer already, but for the form of its map.
-fn convert_top(daemon: &Daemon, chain: &Chain, dir: &Path, made: tempfile::TempDir) -> Result<()> {
+/// A container's top is a layer already, but for the form of its map; several are merged into one.
+fn convert_tops(daemon: &Daemon, chain: &Chain, tops: &Tops, made: tempfile::TempDir) -> Result<()> {
     let failed = || "the container's disk cannot become a layer";
-    let (data, map) = (layout::top_data(dir), layout::top_map(dir));
-    let top = Top::open(File::open(&data).context(failed)?, File::open(map).context(failed)?).context(failed)?;
-    let virtual_size = top.size();
-    let layer_map = top.to_layer_map().context(failed)?;
+    let to = files::data_path(made.path());
+    let map = match tops.only() {
+        Some(TopPaths { data, map }) => {
+            let top = Top::open(File::open(data).context(failed)?, File::open(map).context(failed)?).context(failed)?;
+            fs::hard_link(data, to).context(failed)?;
+            top.to_layer_map().context(failed)?
+        }
+        None => {
+            let data = File::options().read(true).write(true).create_new(true).open(to).context(failed)?;
+            let map = tops.open()?.tops_to_layer(&data).context(failed)?;
+            data.sync_all().context(failed)?;
+            map
+        }
+    };
     let file = File::create_new(files::map_path(made.path())).context(failed)?;
-    layer_map.write_to(&file).context(failed)?;
+    map.write_to(&file).context(failed)?;
     file.sync_all().context(failed)?;
-    fs::hard_link(&data, files::data_path(made.path())).context(failed)?;
-    let disk = Some(LayerDisk { format: None, virtual_size });
+    let disk = Some(LayerDisk { format: None, virtual_size: map.virtual_size() });
     finish_dir(daemon, chain, made, Layer { diff_id: None, disk })
 }
 
@@ -258,7 +270,9 @@ fn clear(daemon: &Daemon, number: u64) -> Result<()> {
         return Ok(());
     }
     let dir = daemon.layout.snapshot(number);
-    for left in [dir.join("fs").join(media::MEMBER_QCOW2), dir.join("fs").join(media::MEMBER_RAW), dir.join("top")] {
+    for left in
+        [dir.join("fs").join(media::MEMBER_QCOW2), dir.join("fs").join(media::MEMBER_RAW), layout::top_dir(&dir)]
+    {
         layout::remove(&left).context(|| format!("cannot remove {}", left.display()))?;
     }
     Ok(())
