@@ -121,6 +121,8 @@ pub struct Devices {
     pub disks: Vec<Arc<Stack>>,
     /// The console that reads the host's input.
     pub input_owner: InputOwner,
+    /// The generation id of a machine that begins here.
+    drawn: [u8; 16],
     parts: Parts,
     functions: Vec<Arc<VirtioPci>>,
     writer: Option<Arc<Writer>>,
@@ -166,12 +168,14 @@ impl Devices {
         let ends = (virtio_input, Arc::clone(&console));
         let virtio = virtio::Virtio::new(&mut pci, spec.config(), fds, ends, Arc::new(Ram::clone(ram)), spawner)?;
         let bus = pci.insert(&mut ports, &mut mmio)?;
-        let generation_id = Arc::new(VmGenId::new(layout::VMGENID_PAGE, random_guid()));
+        let drawn = random_guid();
+        let generation_id = Arc::new(VmGenId::new(layout::VMGENID_PAGE, drawn));
         ram.memory()
             .write_slice(&generation_id.guid(), GuestAddress(generation_id.address()))
             .map_err(WiringError::GenerationId)?;
         let parts = Parts::new(&virtio.functions, bus, &legacy, &generation_id, &ioapic);
         Ok(Self {
+            drawn,
             parts,
             ports: ports.build(),
             mmio: mmio.build(),
@@ -229,14 +233,14 @@ impl Devices {
         self.parts.restore(sections)
     }
 
-    /// Gives a machine that was cloned or went back in time another generation id, and tells its guest.
+    /// Gives a machine that was cloned or went back in time the generation id that was drawn when it was built, and tells
+    /// its guest.
     ///
     /// # Errors
     /// The page of the identifier is not in guest memory.
     pub fn bump_generation(&self, ram: &Ram) -> Result<(), GuestMemoryError> {
-        let guid = random_guid();
-        self.generation_id.regenerate(guid);
-        ram.memory().write_slice(&guid, GuestAddress(self.generation_id.address()))?;
+        self.generation_id.regenerate(self.drawn);
+        ram.memory().write_slice(&self.drawn, GuestAddress(self.generation_id.address()))?;
         self.pm.raise_gpe(pm::GPE_VMGENID);
         Ok(())
     }

@@ -2,6 +2,8 @@
 //! packet.
 #![allow(dead_code, reason = "each test file uses its part")]
 
+pub mod capture;
+
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -11,7 +13,8 @@ use std::process::{Child, Command as Process, Stdio};
 use std::time::{Duration, Instant};
 
 use ovms_config::vm::{
-    BootConfig, ConsoleConfig, DiskConfig, JailConfig, StartConfig, TopConfig, VmConfig, VM_CONFIG_VERSION,
+    BootConfig, ConsoleConfig, DiskConfig, JailConfig, RestoreConfig, StartConfig, TopConfig, VmConfig,
+    VM_CONFIG_VERSION,
 };
 use ovms_disk::{Stack, StackFiles, Table, Top, TopFiles};
 use ovms_proto::control::{Answer, Command, Event, ExitReason, FromVmm, Request, Status, Timeline};
@@ -57,6 +60,27 @@ impl Setup {
             log_level: "debug".into(),
         };
         Self { config, fds: vec![kvm.into(), kernel.into()] }
+    }
+
+    /// One vCPU, 64 MiB, no disk, a console: goes on from a snapshot's unpacked files.
+    pub fn restore(state: OwnedFd, memory: OwnedFd) -> Self {
+        let mut setup = Self::new(state.into());
+        setup.fds.push(memory);
+        setup.config.start = StartConfig::Restore(RestoreConfig {
+            state: 1,
+            memory: 2,
+            working_set: None,
+            record_working_set: None,
+            mlock: false,
+        });
+        setup
+    }
+
+    pub fn restore_config(&mut self) -> &mut RestoreConfig {
+        match &mut self.config.start {
+            StartConfig::Restore(restore) => restore,
+            StartConfig::Boot(_) => panic!("the machine boots"),
+        }
     }
 
     pub fn args(mut self, cmdline: &str) -> Self {
