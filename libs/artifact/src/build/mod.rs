@@ -7,6 +7,7 @@
 //! The same recipe gives the same bytes: nothing of the clock, the host or the order of a hash map goes in. Times come
 //! from the manifest or the caller (`SOURCE_DATE_EPOCH`), and without either there are none.
 
+mod adopt;
 mod check;
 mod content;
 mod name;
@@ -20,6 +21,7 @@ use serde_json::json;
 use time::format_description::well_known::Rfc3339;
 use time::OffsetDateTime;
 
+pub use adopt::{is_pure_artifact, runnable};
 pub use name::ImageName;
 pub use snapshot::Snapshot;
 
