@@ -34,7 +34,11 @@ def main() -> int:
     process.heed_sigterm()
     process.become_subreaper()
     if options.inside:
-        report.write(debian.measure_here(), options.inside)
+        try:
+            report.write(debian.measure_here(), options.inside)
+        except CaseFailed as failure:
+            print(f"debian: {failure}", flush=True)
+            return 1
         return 0
     runs = int(os.environ.get("RUNS", "20"))
     figures: list[report.Figure] = []

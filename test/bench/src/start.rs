@@ -11,18 +11,19 @@
 
 #[allow(unsafe_code, reason = "unshare, setns and the child's descriptor 3")]
 mod spawn;
+#[allow(dead_code, reason = "shared with the other benches")]
+mod vmm;
 
 use std::error::Error;
 use std::fs::File;
 use std::io::{pipe, Read};
-use std::os::fd::AsFd;
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
-use ovms_config::vm::{BootConfig, ConsoleConfig, JailConfig, StartConfig, VmConfig, VM_CONFIG_VERSION};
-use ovms_proto::control::{Command as Ask, Event, FromVmm, Request};
-use ovms_proto::Channel;
+use ovms_proto::control::Command as Ask;
+
+use self::vmm::{Machine, Source};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
@@ -70,51 +71,13 @@ impl Bench {
     }
 
     fn vmm(&self) -> Result<Duration> {
-        let (mut reader, writer) = pipe()?;
-        let began = Instant::now();
-        let (channel, theirs) = Channel::pair()?;
-        let mut command = Command::new(&self.vmm);
-        command.stdin(Stdio::null()).stdout(Stdio::null());
-        let mut child = spawn::jailed(command, theirs.into())?;
-        let kvm = File::options().read(true).write(true).open("/dev/kvm")?;
         let kernel = File::open(&self.kernel)?;
-        channel.send(&self.config(), &[kvm.as_fd(), kernel.as_fd(), writer.as_fd()])?;
-        drop(writer);
-        match channel.recv::<FromVmm>()?.0 {
-            FromVmm::Configured { .. } => channel.send(&Request { id: 1, command: Ask::Run }, &[])?,
-            other => return Err(format!("the VMM answers {other:?} to its configuration").into()),
-        }
-        reader.read_exact(&mut [0])?;
+        let began = Instant::now();
+        let mut machine = Machine::create(&self.vmm, self.memory, &Source::Kernel(&kernel, ""), false)?;
+        machine.ask(Ask::Run, &[])?;
+        machine.first_byte()?;
         let took = began.elapsed();
-        loop {
-            if let FromVmm::Event(Event::Exited(_)) = channel.recv::<FromVmm>()?.0 {
-                break;
-            }
-        }
-        child.wait()?;
+        machine.wait()?;
         Ok(took)
-    }
-
-    fn config(&self) -> VmConfig {
-        VmConfig {
-            version: VM_CONFIG_VERSION,
-            id: "bench".into(),
-            vcpus: 1,
-            memory: self.memory,
-            kvm: 0,
-            userfault: None,
-            start: StartConfig::Boot(BootConfig { kernel: 1, initrd: None, cmdline: String::new() }),
-            disks: Vec::new(),
-            console: ConsoleConfig { input: None, output: Some(2) },
-            jail: JailConfig {
-                uid: 1_899_999_999,
-                gid: 1_899_999_999,
-                netns: None,
-                hostname: "bench".into(),
-                max_file_size: 64 << 20,
-                max_open_files: 512,
-            },
-            log_level: "warn".into(),
-        }
     }
 }

@@ -1,0 +1,116 @@
+//! Times the start of a restored machine beside its floor, in turns, so that both see the same machine weather:
+//!
+//! ```text
+//!  ovms-bench-floor   spawn ──> first byte on stdout
+//!  ovms-vmm           spawn in new namespaces ──> configuration ──> Run ──> first byte on the console
+//! ```
+//! The snapshot is taken of a guest (`resume.elf`) that waits until it finds itself restored, and unpacked into DIR, all
+//! by the programs' own ways. Prints one JSON object: the microseconds of every run and of each step of the VMM.
+//!
+//! Usage: `ovms-bench-restore VMM FLOOR KERNEL MEMORY RUNS DIR [mlock]`
+
+#[allow(unsafe_code, reason = "unshare, setns and the child's descriptor 3")]
+mod spawn;
+#[allow(dead_code, reason = "shared with the other benches")]
+mod vmm;
+
+use std::collections::BTreeMap;
+use std::error::Error;
+use std::fs::File;
+use std::io::{pipe, Read};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use ovms_proto::control::Command as Ask;
+use ovms_state::{unpack, Blob, Limits};
+
+use self::vmm::{Machine, Source};
+
+type Result<T> = std::result::Result<T, Box<dyn Error>>;
+
+/// What is measured.
+struct Bench {
+    vmm: PathBuf,
+    floor: PathBuf,
+    kernel: PathBuf,
+    memory: u64,
+    mlock: bool,
+}
+
+/// A RAM snapshot that is ready to be restored.
+struct Ram {
+    state: File,
+    memory: File,
+}
+
+fn main() -> Result<()> {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let [vmm, floor, kernel, memory, runs, dir, rest @ ..] = args.as_slice() else {
+        return Err("usage: ovms-bench-restore VMM FLOOR KERNEL MEMORY RUNS DIR [mlock]".into());
+    };
+    let mlock = matches!(rest, [word] if word == "mlock");
+    let bench = Bench { vmm: vmm.into(), floor: floor.into(), kernel: kernel.into(), memory: memory.parse()?, mlock };
+    let runs: usize = runs.parse()?;
+    let ram = bench.take(Path::new(dir))?;
+    let (mut floors, mut vmms, mut steps) = (Vec::new(), Vec::new(), BTreeMap::<String, Vec<u64>>::new());
+    // The first pair warms the page cache and is not counted.
+    for run in 0..=runs {
+        let floor = bench.floor()?;
+        let (restore, timeline) = bench.restore(&ram)?;
+        if run > 0 {
+            floors.push(micros(floor));
+            vmms.push(micros(restore));
+            timeline.into_iter().for_each(|(step, at)| steps.entry(step).or_default().push(at));
+        }
+    }
+    println!("{}", serde_json::json!({ "floor_us": floors, "restore_us": vmms, "steps_us": steps }));
+    Ok(())
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
+
+impl Bench {
+    /// Boots the guest, takes its snapshot, unpacks it and waits until a restored guest can tell.
+    fn take(&self, dir: &Path) -> Result<Ram> {
+        let kernel = File::open(&self.kernel)?;
+        let mut machine = Machine::create(&self.vmm, self.memory, &Source::Kernel(&kernel, ""), false)?;
+        machine.ask(Ask::Run, &[])?;
+        machine.expect("waiting\n")?;
+        let create = |name: &str| File::options().read(true).write(true).create_new(true).open(dir.join(name));
+        let blob = create("ram")?;
+        machine.snapshot(&blob, true)?;
+        machine.end()?;
+        let (memory, state) = (create("memory")?, create("state")?);
+        let blob = Blob::open(blob)?;
+        let limits = Limits { memory: 1 << 40 };
+        unpack(vec![blob], &[String::new()], (&memory, &state), 2, limits, &mut |_, _| true)?;
+        sleep(Duration::from_millis(2200));
+        Ok(Ram { state: File::open(dir.join("state"))?, memory: File::open(dir.join("memory"))? })
+    }
+
+    fn floor(&self) -> Result<Duration> {
+        let (mut reader, writer) = pipe()?;
+        let began = Instant::now();
+        let mut child = Command::new(&self.floor).arg(self.memory.to_string()).stdout(writer).spawn()?;
+        reader.read_exact(&mut [0])?;
+        let took = began.elapsed();
+        child.wait()?;
+        Ok(took)
+    }
+
+    fn restore(&self, ram: &Ram) -> Result<(Duration, Vec<(String, u64)>)> {
+        let began = Instant::now();
+        let source = Source::Ram(&ram.state, &ram.memory, None);
+        let mut machine = Machine::create(&self.vmm, self.memory, &source, self.mlock)?;
+        machine.ask(Ask::Run, &[])?;
+        machine.first_byte()?;
+        let took = began.elapsed();
+        let steps = std::mem::take(&mut machine.timeline.steps);
+        machine.wait()?;
+        Ok((took, steps))
+    }
+}

@@ -1,0 +1,155 @@
+//! A VMM as the engine starts it, but for the cgroup, whose move is a figure of its own.
+
+use std::fs::File;
+use std::io::{pipe, PipeReader, Read};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+use ovms_config::vm::{BootConfig, ConsoleConfig, JailConfig, RestoreConfig, StartConfig, VmConfig, VM_CONFIG_VERSION};
+use ovms_proto::control::{Answer, Command as Ask, Event, FromVmm, Request, SnapshotCommand, SnapshotReport, Timeline};
+use ovms_proto::Channel;
+
+use crate::{spawn, Result};
+
+/// What a machine comes from.
+pub(crate) enum Source<'a> {
+    /// A kernel and its command line.
+    Kernel(&'a File, &'a str),
+    /// An unpacked RAM snapshot: state, memory, and the working set of an earlier restore.
+    Ram(&'a File, &'a File, Option<&'a File>),
+}
+
+/// A machine.
+pub(crate) struct Machine {
+    child: Child,
+    channel: Channel,
+    console: PipeReader,
+    asked: u64,
+    /// How long the VMM's steps took.
+    pub(crate) timeline: Timeline,
+}
+
+impl Machine {
+    /// Starts a VMM and waits until its machine is built; the vCPUs stand still.
+    pub(crate) fn create(vmm: &Path, memory: u64, source: &Source<'_>, mlock: bool) -> Result<Self> {
+        let (console, writer) = pipe()?;
+        let (channel, theirs) = Channel::pair()?;
+        let mut command = Command::new(vmm);
+        command.stdin(Stdio::null()).stdout(Stdio::null());
+        let child = spawn::jailed(command, theirs.into())?;
+        let kvm = File::options().read(true).write(true).open("/dev/kvm")?;
+        let userfault = File::options().read(true).write(true).open("/dev/userfaultfd").ok();
+        let mut fds: Vec<BorrowedFd<'_>> = vec![kvm.as_fd(), writer.as_fd()];
+        let mut add = |fd| {
+            fds.push(fd);
+            u32::try_from(fds.len() - 1).unwrap_or(u32::MAX)
+        };
+        let start = match source {
+            Source::Kernel(kernel, cmdline) => {
+                StartConfig::Boot(BootConfig { kernel: add(kernel.as_fd()), initrd: None, cmdline: (*cmdline).into() })
+            }
+            Source::Ram(state, memory, working_set) => StartConfig::Restore(RestoreConfig {
+                state: add(state.as_fd()),
+                memory: add(memory.as_fd()),
+                working_set: working_set.map(|file| add(file.as_fd())),
+                record_working_set: None,
+                mlock,
+            }),
+        };
+        let userfault = userfault.as_ref().map(|file| add(file.as_fd()));
+        channel.send(&config(memory, start, userfault), &fds)?;
+        drop(writer);
+        match channel.recv::<FromVmm>()?.0 {
+            FromVmm::Configured { timeline } => Ok(Self { child, channel, console, asked: 0, timeline }),
+            other => Err(format!("the VMM answers {other:?} to its configuration").into()),
+        }
+    }
+
+    /// Asks without waiting for the answer.
+    pub(crate) fn ask(&mut self, command: Ask, fds: &[BorrowedFd<'_>]) -> Result<()> {
+        self.asked += 1;
+        Ok(self.channel.send(&Request { id: self.asked, command }, fds)?)
+    }
+
+    /// Waits for the first byte of the guest.
+    pub(crate) fn first_byte(&mut self) -> Result<()> {
+        Ok(self.console.read_exact(&mut [0])?)
+    }
+
+    /// Waits until the guest has said `wanted`.
+    pub(crate) fn expect(&mut self, wanted: &str) -> Result<()> {
+        let (mut said, mut byte) = (Vec::new(), [0]);
+        while !said.ends_with(wanted.as_bytes()) {
+            self.console.read_exact(&mut byte)?;
+            said.push(byte[0]);
+        }
+        Ok(())
+    }
+
+    /// The guest's next line.
+    pub(crate) fn line(&mut self) -> Result<String> {
+        let (mut said, mut byte) = (Vec::new(), [0]);
+        loop {
+            self.console.read_exact(&mut byte)?;
+            match byte[0] {
+                b'\n' => return Ok(String::from_utf8_lossy(&said).trim_end().to_owned()),
+                other => said.push(other),
+            }
+        }
+    }
+
+    /// Takes a RAM snapshot into an empty file.
+    pub(crate) fn snapshot(&mut self, blob: &File, stop: bool) -> Result<SnapshotReport> {
+        self.ask(Ask::Snapshot(SnapshotCommand { parent: None, stop }), &[blob.as_fd()])?;
+        loop {
+            match self.channel.recv::<FromVmm>()?.0 {
+                FromVmm::Reply { id, result } if id == self.asked => match result? {
+                    Answer::Snapshot(report) => return Ok(report),
+                    other => return Err(format!("the VMM answers {other:?} to a snapshot").into()),
+                },
+                FromVmm::Event(Event::Exited(reason)) => {
+                    return Err(format!("the machine has ended: {reason:?}").into())
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// Ends it and waits for its end.
+    pub(crate) fn end(mut self) -> Result<()> {
+        self.child.kill()?;
+        self.child.wait()?;
+        Ok(())
+    }
+
+    /// Waits until the guest has ended by itself.
+    pub(crate) fn wait(mut self) -> Result<()> {
+        while !matches!(self.channel.recv::<FromVmm>()?.0, FromVmm::Event(Event::Exited(_))) {}
+        self.child.wait()?;
+        Ok(())
+    }
+}
+
+fn config(memory: u64, start: StartConfig, userfault: Option<u32>) -> VmConfig {
+    VmConfig {
+        version: VM_CONFIG_VERSION,
+        id: "bench".into(),
+        vcpus: 1,
+        memory,
+        kvm: 0,
+        userfault,
+        start,
+        disks: Vec::new(),
+        console: ConsoleConfig { input: None, output: Some(1) },
+        jail: JailConfig {
+            uid: 1_899_999_999,
+            gid: 1_899_999_999,
+            netns: None,
+            hostname: "bench".into(),
+            max_file_size: 64 << 30,
+            max_open_files: 512,
+        },
+        log_level: "warn".into(),
+    }
+}
