@@ -27,7 +27,7 @@ use tokio::runtime::Runtime;
 pub use error::RegistryError;
 pub use oci_client::Reference;
 pub use pull::Pulled;
-pub use push::Pushed;
+pub use push::{Holder, Pushed};
 
 use error::Context;
 

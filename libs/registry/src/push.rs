@@ -15,6 +15,15 @@ use crate::error::Context;
 use crate::stream::body;
 use crate::{Registry, RegistryError};
 
+/// A repository that has some of an image's blobs already.
+#[derive(Debug, Clone)]
+pub struct Holder {
+    /// An image of it.
+    pub reference: Reference,
+    /// The digests of its blobs.
+    pub blobs: BTreeSet<Digest>,
+}
+
 /// What a push did.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Pushed {
@@ -29,8 +38,8 @@ pub struct Pushed {
 }
 
 impl Registry {
-    /// Copies an image of `layout` to the registry; only what the registry lacks is sent. Blobs of an image that was
-    /// pulled from another repository of the same registry (`from`) are mounted where the registry can.
+    /// Copies an image of `layout` to the registry; only what the registry lacks is sent. Blobs that another repository of
+    /// the same registry has (`holders`) are mounted where the registry can do that.
     ///
     /// # Errors
     /// [`RegistryError`]; the manifest is written last, so an image is there whole or not at all.
@@ -38,21 +47,25 @@ impl Registry {
         &self,
         layout: &Layout,
         image: &oci::Descriptor,
-        from: Option<&Reference>,
+        holders: &[Holder],
         progress: &dyn Progress,
     ) -> Result<Pushed, RegistryError> {
         self.authorize(RegistryOperation::Push)?;
         let found = Blob::of(image)?;
         let bytes = layout.document("the image manifest", &found.digest, found.size)?;
         let manifest = parse_manifest(&bytes)?;
-        let from = from
-            .filter(|from| from.resolve_registry() == self.host() && from.repository() != self.reference.repository());
+        let elsewhere = |holder: &&Holder| {
+            let from = &holder.reference;
+            from.resolve_registry() == self.host() && from.repository() != self.reference.repository()
+        };
+        let holders: Vec<&Holder> = holders.iter().filter(elsewhere).collect();
         let mut pushed = Pushed { digest: found.digest, sent: 0, mounted: 0, present: 0 };
         let mut done = BTreeSet::new();
         for descriptor in manifest.layers().iter().chain([manifest.config()]) {
             let blob = Blob::of(descriptor)?;
             if done.insert(blob.digest) {
-                self.push_blob(layout, &blob, from, progress, &mut pushed)?;
+                let from = holders.iter().find(|holder| holder.blobs.contains(&blob.digest));
+                self.push_blob(layout, &blob, from.map(|from| &from.reference), progress, &mut pushed)?;
             }
         }
         let docker = found.media_type == media::DOCKER_MANIFEST;

@@ -5,6 +5,8 @@
 //! `docker.io/library/debian:1`. `ctr` takes names as they are, so the full name is what a user types there.
 
 use super::BuildError;
+use crate::media;
+use crate::oci::Descriptor;
 
 /// The names of an image.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -45,6 +47,15 @@ impl ImageName {
             ));
         }
         Ok(Self { full: format!("{host}/{repository}:{tag}"), tag: tag.to_owned() })
+    }
+
+    /// The entry of a layout's index that gives an image this name.
+    #[must_use]
+    pub fn entry(&self, image: &Descriptor) -> Descriptor {
+        let names = [(media::ANNOTATION_REF_NAME, &self.tag), (media::ANNOTATION_IMAGE_NAME, &self.full)];
+        let mut entry = image.clone();
+        entry.set_annotations(Some(names.map(|(key, name)| (key.to_owned(), name.clone())).into()));
+        entry
     }
 
     /// The name of a manifest that was given no tag, from its `name` and `version`; letters are made small and what
