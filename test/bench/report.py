@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 PATH = Path(__file__).resolve().parents[2] / "target/bench/report.json"
@@ -42,16 +41,3 @@ def announce(figure: Figure) -> None:
     against = f", {figure.against}, ratio {figure.ratio}" if figure.against else ""
     verdict = "" if figure.holds is None else f" [{figure.goal}: {'holds' if figure.holds else 'MISSED'}]"
     print(f"{figure.name}: {figure.value} {figure.unit}{against}{verdict}", flush=True)
-
-
-def write(figures: list[Figure], path: Path) -> None:
-    """Writes the report, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps([asdict(figure) for figure in figures], indent=1) + "\n", encoding="utf-8")
-    scratch.rename(path)
-
-
-def read(path: Path) -> list[Figure]:
-    """Reads a report written by `write`."""
-    return [Figure(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import verdict
+
 ROOT = Path(__file__).resolve().parents[2]
 MAX_LINES = 500
 UNSAFE = re.compile(r"^\s*(?!//)[^\"]*\bunsafe\s*(\{|fn|impl|extern)")
@@ -34,11 +36,7 @@ def main() -> int:
         walled = path.name == "sys.rs" or name.parts[0] == "vmm" or is_test(path)
         if not walled and any(UNSAFE.match(line) for line in text.splitlines()):
             faults.append(f"{name} holds unsafe code, which belongs into vmm or a sys.rs")
-    for fault in faults:
-        print(f"house: {fault}", file=sys.stderr)
-    if not faults:
-        print(f"house: {len(files)} files keep the rules")
-    return 1 if faults else 0
+    return verdict.close("house", faults, f"{len(files)} files keep the rules")
 
 
 if __name__ == "__main__":

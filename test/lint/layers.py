@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import verdict
+
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = ROOT / "docs" / "layers.txt"
 
@@ -51,11 +53,7 @@ def main() -> int:
             faults.append(f"{name} imports {dep}, which docs/layers.txt does not allow")
         for dep in sorted(may - have[name]):
             faults.append(f"docs/layers.txt lets {name} import {dep}, which it does not")
-    for fault in faults:
-        print(f"layers: {fault}", file=sys.stderr)
-    if not faults:
-        print(f"layers: {len(have)} crates import as docs/layers.txt says")
-    return 1 if faults else 0
+    return verdict.close("layers", faults, f"{len(have)} crates import as docs/layers.txt says")
 
 
 if __name__ == "__main__":

@@ -101,11 +101,7 @@ def detached(bed: Bed) -> None:
     bed.detached("wait")
 
     check(bed.containerd.tasks() == {"vm": "RUNNING"}, f"tasks: {bed.containerd.tasks()}")
-    bed.containerd.ctr("task", "kill", "-s", "SIGKILL", "vm")
-    bed.await_state("vm", "STOPPED")
-    bed.containerd.delete_task("vm", 137)
-    bed.containerd.ctr("containers", "delete", "vm")
-    bed.nothing_half_made()
+    bed.kill_and_delete()
 
 
 @case(guests=("native",))

@@ -32,12 +32,7 @@ def sigkill_ends_at_once_with_137(bed: Bed) -> None:
     """SIGKILL always works."""
     bed.detached("wait")
 
-    bed.containerd.ctr("task", "kill", "-s", "SIGKILL", "vm")
-
-    bed.await_state("vm", "STOPPED")
-    bed.containerd.delete_task("vm", 137)
-    bed.containerd.ctr("containers", "delete", "vm")
-    bed.nothing_half_made()
+    bed.kill_and_delete()
 
 
 @case(guests=("native",))
@@ -155,11 +150,7 @@ def machines_survive_a_restart_of_containerd(bed: Bed) -> None:
     check(bed.containerd.task_pid("vm") == pid, "the task has another process now")
     size = console.stat().st_size
     process.until("the guest goes on", lambda: console.stat().st_size > size, bed.patience)
-    bed.containerd.ctr("task", "kill", "-s", "SIGKILL", "vm")
-    bed.await_state("vm", "STOPPED")
-    bed.containerd.delete_task("vm", 137)
-    bed.containerd.ctr("containers", "delete", "vm")
-    bed.nothing_half_made()
+    bed.kill_and_delete()
 
 
 @case(guests=("native",))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
-import subprocess
 from pathlib import Path
 
 from e2e.harness import oci, process
@@ -158,11 +157,7 @@ def commit_of_a_disk_gives_a_block_diff(bed: Bed) -> None:
     parent = bed.containerd.ctr("snapshots", "--snapshotter", "ovms", "info", "vm").out
     name = json.loads(parent)["Parent"]
     layer = bed.dir / "layer.tar"
-    argv = bed.containerd.argv("snapshots", "--snapshotter", "ovms", "diff", name, "vm")
-    with open(layer, "wb") as out:
-        child = process.spawn(argv, stdout=out, stderr=subprocess.PIPE, text=True)
-        _, said = child.communicate(timeout=60)
-        check(child.returncode == 0, f"ctr snapshots diff failed: {said}")
+    bed.containerd.snapshot_diff(layer, name, "vm")
 
     listed = process.run(["tar", "-taf", layer]).out.split()
     check("ovm/disk.qcow2" in listed and "ovm/manifest.json" in listed, f"the layer holds {listed}")
@@ -181,11 +176,7 @@ def committed_disk_runs_again(bed: Bed) -> None:
     image = bed.import_vm("disk")
     bed.vm(image, "vm", "--annotation", "io.ovms.kernel-args=sector=0")
     layer = bed.dir / "layer.tar.gz"
-    with open(layer, "wb") as out:
-        argv = bed.containerd.argv("snapshots", "--snapshotter", "ovms", "diff", "vm")
-        child = process.spawn(argv, stdout=out, stderr=subprocess.PIPE, text=True)
-        _, said = child.communicate(timeout=60)
-        check(child.returncode == 0, f"ctr snapshots diff failed: {said}")
+    bed.containerd.snapshot_diff(layer, "vm")
 
     committed = bed.import_for_ovms(_with_layer(bed.guests.layout("disk"), layer.read_bytes(), bed.dir / "committed"))
     console = bed.vm(committed, "vm2", "--rm").out

@@ -161,6 +161,14 @@ class Bed:
         """Waits until containerd shows a task in a state."""
         process.until(f"{name} is {state}", lambda: self.containerd.tasks().get(name) == state, self.patience)
 
+    def kill_and_delete(self, name: str = "vm") -> None:
+        """Kills a machine, checks that it ended with 137, and deletes it; nothing of it may be left."""
+        self.containerd.ctr("task", "kill", "-s", "SIGKILL", name)
+        self.await_state(name, "STOPPED")
+        self.containerd.delete_task(name, 137)
+        self.containerd.ctr("containers", "delete", name)
+        self.nothing_half_made()
+
     def refused(self, done: process.Done, *wanted: str) -> None:
         """Checks that a command failed, that it said all of `wanted`, and that nothing half-made is left of it."""
         check(done.status != 0, f"`{process.shown(done.argv)}` went through: {done.text[-300:]!r}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
 from pathlib import Path
 
 from testbed import gotools
@@ -103,6 +104,15 @@ class Containerd:
             self.ctr("images", "import", *options, archive)
         finally:
             archive.unlink()
+
+    def snapshot_diff(self, to: Path, *snapshots: str) -> None:
+        """`ctr snapshots diff` of our snapshotter, into a file."""
+        argv = self.argv("snapshots", "--snapshotter", "ovms", "diff", *snapshots)
+        with open(to, "wb") as out:
+            child = process.spawn(argv, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.PIPE, text=True, env=os.environ | self.env)
+            _, said = child.communicate(timeout=self._patience * 4)
+        if child.returncode != 0:
+            raise CaseFailed(f"`{process.shown(argv)}` gave {child.returncode}: {said}")
 
     def tasks(self) -> dict[str, str]:
         """Tasks and their states."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+
+from . import records
 
 DIRECTORY = Path(__file__).resolve().parents[3] / "target/e2e"
 
@@ -28,22 +29,9 @@ def announce(outcome: Outcome) -> None:
     print(f"{outcome.result:7} {outcome.where:22} {outcome.case} ({outcome.seconds:.1f} s){reason}", flush=True)
 
 
-def write(outcomes: list[Outcome], path: Path) -> None:
-    """Writes the report, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=1) + "\n", encoding="utf-8")
-    scratch.rename(path)
-
-
-def read(path: Path) -> list[Outcome]:
-    """Reads a report written by `write`."""
-    return [Outcome(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
-
-
 def close(outcomes: list[Outcome], path: Path, *, quiet: bool) -> int:
     """Writes the report, prints the closing lines and returns the exit status."""
-    write(outcomes, path)
+    records.write(outcomes, path)
     count = {result: sum(o.result == result for o in outcomes) for result in ("passed", "failed", "skipped")}
     if not quiet:
         for outcome in outcomes:
