@@ -30,6 +30,8 @@ REPO = Path(__file__).resolve().parents[2]
 _SCRIPTS = Path(__file__).parent / "host"
 _PORTS = 6
 _FRAME = struct.Struct(">cI")
+#: Variables that a command in the host gets from here, beside those of ovms.
+_PASSED = ("RUST_LOG", "RUST_BACKTRACE")
 _VIRTIOFSD = "/usr/lib/qemu/virtiofsd"
 
 #: Emulated and on a busy machine: generous, since a host that never comes up is found by its exit.
@@ -129,11 +131,11 @@ class NestedHost:
             ["qemu-img", "create", "-q", "-f", "qcow2", "-b", str(host / "host.ext4"), "-F", "raw", str(disk)],
             check=True,
         )
-        # One processor: with two, QEMU 7.2 and 10.0 alike break the host's kernel or a guest's after a handful of nested
-        # boots (stacks overwritten, half-patched code executed, triple faults), and it is no faster.
+        # One processor unless asked otherwise: with two, QEMU 7.2 and 10.0 alike break the host's kernel or a guest's after
+        # a handful of nested boots (stacks overwritten, half-patched code executed, triple faults), and it is no faster.
         argv = [
             "qemu-system-x86_64", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max", "-M", "q35,memory-backend=ram",
-            "-smp", "1", "-m", str(memory_mib), "-object", f"memory-backend-memfd,id=ram,size={memory_mib}M,share=on",
+            "-smp", os.environ.get("OVMS_NESTED_CPUS", "1"), "-m", str(memory_mib), "-object", f"memory-backend-memfd,id=ram,size={memory_mib}M,share=on",
             "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
             "-serial", f"file:{self.console}",
             "-kernel", str(host / "vmlinuz"), "-initrd", str(initrd),
@@ -305,15 +307,22 @@ def _skip_to(reader: BinaryIO, token: bytes) -> None:
 
 
 def _exactly(reader: BinaryIO, length: int) -> bytes:
-    data = reader.read(length)
+    try:
+        data = reader.read(length)
+    except TimeoutError as error:
+        raise NestedError("the nested host has long said nothing") from error
     if data is None or len(data) < length:
         raise NestedError("the nested host went away")
     return data
 
 
-def relay(host: NestedHost, argv: list[str], *, cwd: str, env: dict[str, str] | None = None) -> int:
-    """Runs a command with its output going to ours; returns its exit status."""
-    for kind, data in host.stream(argv, cwd=cwd, env=env):
+def relay(host: NestedHost, argv: list[str], *, cwd: str, silence: float | None = None) -> int:
+    """Runs a command with our settings, its output going to ours; returns its exit status.
+
+    `silence`: seconds that it may say nothing.
+    """
+    env = {name: value for name, value in os.environ.items() if name.startswith("OVMS_") or name in _PASSED}
+    for kind, data in host.stream(argv, cwd=cwd, env=env, timeout=silence):
         if kind == b"x":
             return int(data)
         stream = sys.stdout.buffer if kind == b"o" else sys.stderr.buffer

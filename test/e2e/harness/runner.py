@@ -16,7 +16,7 @@ from types import FrameType
 
 from testbed import gotools, guest, nestedhost
 
-from . import places, process, report
+from . import emulator, places, process, records, report
 from .bed import Bed
 from .case import CASES, CONTAINERDS, Case, CaseFailed, CaseSkipped
 from .containerd import programs
@@ -27,10 +27,9 @@ from .report import Outcome
 PATIENCE = {"native": 15.0, "direct": 15.0, "nested": 90.0}
 #: How much longer a whole case may take in an emulated host.
 SLOWNESS = {"native": 1.0, "direct": 1.0, "nested": 5.0}
-#: How often a nested case may be tried, each time on a fresh host. QEMU's emulation of SVM and of code that is patched
-#: under running processors is not sound: now and then it kills the host's kernel or a guest's, whatever runs there.
+#: How often a nested case may be tried, each time on a fresh host, if the emulator broke it (module `emulator`).
 #: A case that passed only then says so in the report.
-NESTED_ATTEMPTS = 5
+NESTED_ATTEMPTS = 3
 #: Where cases keep their files: /tmp of the nested host is memory, which its guests need.
 SCRATCH = {"native": "/tmp", "direct": "/tmp", "nested": "/var/tmp"}
 
@@ -58,7 +57,7 @@ def run_everywhere(where: str, pattern: str, inside: bool, path: Path) -> list[O
             # What runs elsewhere announces itself.
             if not elsewhere:
                 report.announce(outcome)
-            report.write(outcomes, path)
+            records.write(outcomes, path)
     return outcomes
 
 
@@ -88,19 +87,19 @@ def _run_nested(wanted: list[Case], path: Path) -> Iterator[Outcome]:
         return
     before: dict[str, str] = {}
     for attempt in range(1, NESTED_ATTEMPTS + 1):
-        failed: dict[str, str] = {}
+        again: dict[str, str] = {}
         for outcome in _attempt_nested(relevant, path):
-            if outcome.result == "failed" and attempt < NESTED_ATTEMPTS:
-                failed[outcome.case] = outcome.reason
+            if outcome.result == "failed" and outcome.reason.startswith(emulator.MARK) and attempt < NESTED_ATTEMPTS:
+                again[outcome.case] = outcome.reason
             elif outcome.case in before:
                 yield replace(outcome, reason=f"attempt {attempt}, before: {before[outcome.case]}; {outcome.reason}".rstrip("; "))
             else:
                 yield outcome
-        if not failed:
+        if not again:
             return
-        before |= failed
-        relevant = [case for case in relevant if case.name in failed]
-        print(f"nested: attempt {attempt} left {len(relevant)} cases, trying these on a fresh host", flush=True)
+        before |= again
+        relevant = [case for case in relevant if case.name in again]
+        print(f"nested: the emulator broke {len(relevant)} cases, trying these on a fresh host", flush=True)
 
 
 def _attempt_nested(relevant: list[Case], path: Path) -> list[Outcome]:
@@ -108,19 +107,32 @@ def _attempt_nested(relevant: list[Case], path: Path) -> list[Outcome]:
     host = nestedhost.NestedHost.default()
     inner = path.resolve().with_name("report-nested.json")
     inner.unlink(missing_ok=True)
+    # No case is silent for longer than its time limit.
+    silence = 2 * max(case.seconds for case in relevant) * SLOWNESS["nested"]
     try:
         argv = ["python3", "-B", str(Path(__file__).resolve().parents[1] / "run.py"), "--inside", "--where", "nested",
                 "--case", " ".join(case.name for case in relevant), "--report", str(inner)]
         with host.use():
-            ended = f"the run in the nested host ended with {nestedhost.relay(host, argv, cwd='/')} before this case"
+            ended = f"the run in the nested host ended with {nestedhost.relay(host, argv, cwd='/', silence=silence)} before this case"
     except nestedhost.NestedError as error:
-        ended = str(error)
-    outcomes = report.read(inner) if inner.exists() else []
+        ended = f"{emulator.MARK}{error}"
+        # It hangs, or is dead already.
+        host.stop()
+    if complaint := emulator.host_complaint(host.console):
+        host.stop()
+    outcomes = [_with_complaint(outcome, complaint) for outcome in records.read(Outcome, inner)]
     for name in sorted({case.name for case in relevant} - {outcome.case for outcome in outcomes}):
-        outcome = Outcome(name, "nested", "failed", 0, ended)
+        outcome = _with_complaint(Outcome(name, "nested", "failed", 0, ended), complaint)
         report.announce(outcome)
         outcomes.append(outcome)
     return outcomes
+
+
+def _with_complaint(outcome: Outcome, complaint: str) -> Outcome:
+    """A case that failed on a host whose kernel says that it is broken proves nothing."""
+    if outcome.result != "failed" or not complaint:
+        return outcome
+    return replace(outcome, reason=f"{emulator.MARK}the host's kernel says {complaint!r}; {outcome.reason}")
 
 
 def _run_here(wanted: list[Case], place: str) -> Iterator[Outcome]:
@@ -172,6 +184,8 @@ def _run_case(case: Case, place: str, where: str, release: str, guests: Guests) 
         wrong = bed.close(failed=result == "failed", logs=logs)
     if wrong:
         result, reasons = "failed", [*reasons, *wrong]
+    if result == "failed" and place == "nested" and emulator.guest_died_at_boot(reasons, logs):
+        reasons = [f"{emulator.MARK}the guest met a triple fault before its init", *reasons]
     return Outcome(case.name, where, result, round(seconds, 2), "; ".join(reasons))
 
 
