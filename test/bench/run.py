@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import report
 from bench.measures import containerd, debian, memory, start
-from e2e.harness import process
+from e2e.harness import process, records
 from e2e.harness.case import CaseFailed, CaseSkipped
 
 MEASURES = {"start": start.measure, "containerd": containerd.measure, "memory": memory.measure, "debian": debian.measure}
@@ -35,7 +35,7 @@ def main() -> int:
     process.become_subreaper()
     if options.inside:
         try:
-            report.write(debian.measure_here(), options.inside)
+            records.write(debian.measure_here(), options.inside)
         except CaseFailed as failure:
             print(f"debian: {failure}", flush=True)
             return 1
@@ -55,7 +55,7 @@ def main() -> int:
         except CaseFailed as failure:
             print(f"{name}: FAILED: {failure}", flush=True)
             broken += 1
-        report.write(figures, report.PATH)
+        records.write(figures, report.PATH)
     print(f"report: {report.PATH}")
     return 1 if broken or not figures else 0
 

@@ -12,9 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import report
 from bench.report import Figure, compared
-from e2e.harness import places
+from e2e.harness import places, records
 from e2e.harness.bed import Bed
 from e2e.harness.case import CaseFailed, CaseSkipped
 from e2e.harness.guests import Guests
@@ -60,7 +59,7 @@ def measure(_runs: int) -> Iterator[Figure]:
         raise CaseFailed(str(error)) from error
     if status != 0 or not inner.exists():
         raise CaseFailed(f"the measurement in the nested host ended with {status}")
-    yield from report.read(inner)
+    yield from records.read(Figure, inner)
 
 
 def measure_here() -> list[Figure]:
