@@ -50,6 +50,21 @@ pub enum Error {
     /// The bundle has no writable top, so no machine can run on it.
     #[error("the bundle record {} names no writable disk top: make an instance of it first", .0.display())]
     NoTop(PathBuf),
+    /// A running machine's disk has as many frozen tops as are possible.
+    #[error(
+        "the disk {} was frozen {count} times under its machine, and more would make it slow: make an image of it \
+         (ovm snapshot, nerdctl commit, ctr snapshots diff) and go on from a machine of that",
+        path.display()
+    )]
+    Frozen {
+        /// The top's data file.
+        path: PathBuf,
+        /// How many frozen tops there are.
+        count: usize,
+    },
+    /// Whoever asked for it has cancelled.
+    #[error("it was cancelled")]
+    Cancelled,
     /// The worker found the layer to be one that is not accepted.
     #[error("layer {name} is refused: {why}")]
     Refused {
@@ -64,6 +79,14 @@ pub enum Error {
         /// The layer, as the caller named it.
         name: String,
         /// How.
+        why: String,
+    },
+    /// A RAM snapshot is not accepted, or its worker failed.
+    #[error("RAM snapshot {name} cannot be unpacked: {why}")]
+    Ram {
+        /// Its digest.
+        name: String,
+        /// The whole error chain of the worker, or what is missing.
         why: String,
     },
     /// A layer has other content than its image's config says.

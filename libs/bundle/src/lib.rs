@@ -12,16 +12,19 @@
 #![forbid(unsafe_code)]
 
 mod error;
+mod freeze;
 pub mod layer;
 mod open;
 mod publish;
 mod record;
 mod snapshot;
+mod snapshot_dir;
 pub mod unpack;
 pub mod worker;
 
 pub use error::{Error, Result};
-pub use open::{create_top, holder, Bundle, DiskFiles, Holder};
+pub use freeze::{NewTop, MAX_FROZEN};
+pub use open::{create_top, holder, Bundle, DiskFiles, Holder, RamFiles};
 /// The Entrypoint of every image that `ovm build` writes, for those who compare a container's arguments with it.
 pub use ovms_artifact::image::ENTRYPOINT;
 pub use ovms_artifact::manifest::Manifest;
@@ -30,3 +33,4 @@ pub use record::{Disk, Ram, Record, TopPaths, RECORD_VERSION};
 pub use snapshot::{
     SnapshotDisk, SnapshotRam, SnapshotRecord, SNAPSHOT_DISK, SNAPSHOT_RAM, SNAPSHOT_RECORD, SNAPSHOT_VERSION,
 };
+pub use snapshot_dir::SnapshotDir;

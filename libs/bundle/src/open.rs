@@ -14,7 +14,7 @@ use rustix::{
     io::Errno,
 };
 
-use crate::{record::Disk, Error, Record, Result, TopPaths};
+use crate::{record::Disk, Error, Ram, Record, Result, TopPaths};
 
 /// The longest name of a holder that is read back.
 const MAX_HOLDER: usize = 200;
@@ -109,6 +109,32 @@ impl DiskFiles {
     }
 }
 
+/// The open files of a RAM snapshot in its unpacked form.
+#[derive(Debug)]
+pub struct RamFiles {
+    /// Head and sections, opened read-only.
+    pub state: File,
+    /// The memory, opened read-only.
+    pub memory: File,
+    /// The working set, opened read-only; none: nobody has recorded one yet.
+    pub working_set: Option<File>,
+}
+
+impl RamFiles {
+    /// Opens what a record's [`Ram`] names.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn open(ram: &Ram) -> Result<Self> {
+        let working_set = match open_plain(&ram.working_set) {
+            Ok(file) => Some(file),
+            Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => None,
+            Err(err) => return Err(err),
+        };
+        Ok(Self { state: open_plain(&ram.state)?, memory: open_plain(&ram.memory)?, working_set })
+    }
+}
+
 fn open_disk(disk: &Disk, record: &Path, holder: &Holder, read_only: bool) -> Result<DiskFiles> {
     let read_only = read_only || disk.read_only;
     let top = disk.top.as_ref().ok_or_else(|| Error::NoTop(record.to_owned()))?;
@@ -125,11 +151,11 @@ fn open_disk(disk: &Disk, record: &Path, holder: &Holder, read_only: bool) -> Re
 }
 
 /// Opens a plain file read-only: no symbolic link that leads elsewhere, no fifo that blocks.
-fn open_plain(path: &Path) -> Result<File> {
+pub(crate) fn open_plain(path: &Path) -> Result<File> {
     open_with(OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK), path)
 }
 
-fn open_with(options: &OpenOptions, path: &Path) -> Result<File> {
+pub(crate) fn open_with(options: &OpenOptions, path: &Path) -> Result<File> {
     let file = options.open(path).map_err(Error::io("open", path))?;
     if !file.metadata().map_err(Error::io("open", path))?.is_file() {
         return Err(Error::io("open", path)(std::io::Error::new(std::io::ErrorKind::InvalidInput, "not a plain file")));
@@ -138,7 +164,7 @@ fn open_with(options: &OpenOptions, path: &Path) -> Result<File> {
 }
 
 /// Takes the lock of a top, and says by whom.
-fn lock(file: &File, path: &Path, by: &Holder, shared: bool) -> Result<()> {
+pub(crate) fn lock(file: &File, path: &Path, by: &Holder, shared: bool) -> Result<()> {
     let how = if shared { FlockOperation::NonBlockingLockShared } else { FlockOperation::NonBlockingLockExclusive };
     match flock(file, how) {
         Ok(()) => {}
@@ -158,7 +184,7 @@ fn lock(file: &File, path: &Path, by: &Holder, shared: bool) -> Result<()> {
     Ok(())
 }
 
-fn holder_path(data: &Path) -> PathBuf {
+pub(crate) fn holder_path(data: &Path) -> PathBuf {
     let mut name = OsString::from(data);
     name.push(".holder");
     name.into()

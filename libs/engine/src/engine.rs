@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use ovms_config::Settings;
-use ovms_proto::control::ExitReason;
+use ovms_proto::control::{ExitReason, FailureKind};
 use ovms_proto::Channel;
 
 use crate::cgroup::{self, Bounds, Cgroup};
@@ -17,8 +17,9 @@ use crate::machine::{limit_sends, with_overhead, ExitInfo, Machine, State, DEATH
 use crate::monitor;
 use crate::process::{self, find_vmm, Cradle, Process, Report};
 use crate::record::{self, check_name, Claim, Record, Slot};
+use crate::serve::Server;
 use crate::shared::{micros, Inner, Parts, Patience, Remains, SPAWNED};
-use crate::spec::CreateSpec;
+use crate::spec::{BootChoice, CreateSpec, OnIncompatible};
 use crate::uid::{self, UidLease};
 
 /// How long a VMM may take to build a machine. On real hardware it takes milliseconds; an emulated host and a kernel
@@ -43,8 +44,28 @@ impl Engine {
     ///
     /// # Errors
     /// Every kind; nothing is left behind.
-    pub fn create(&self, mut spec: CreateSpec) -> Result<Machine> {
-        let began = Instant::now();
+    pub fn create(&self, spec: CreateSpec) -> Result<Machine> {
+        if spec.on_incompatible == OnIncompatible::Refuse || spec.boot == BootChoice::Cold {
+            return self.attempt(spec);
+        }
+        let spare = spec.try_clone().map_err(Error::io("the console cannot be shared"))?;
+        match self.attempt(spec) {
+            Err(err) if err.is_incompatible() => {
+                tracing::warn!(
+                    id = spare.id,
+                    err = err.chain(),
+                    "the machine boots, since this host cannot resume its RAM"
+                );
+                let mut passed = spare.passed.clone();
+                passed.push(("cold boot instead".into(), Instant::now()));
+                self.attempt(CreateSpec { boot: BootChoice::Cold, passed, ..spare })
+            }
+            other => other,
+        }
+    }
+
+    fn attempt(&self, mut spec: CreateSpec) -> Result<Machine> {
+        let began = spec.began.unwrap_or_else(Instant::now);
         check_name("the machine's id", &spec.id)?;
         check_name("the namespace", &spec.namespace)?;
         let cgroup_path = match &spec.cgroups_path {
@@ -54,7 +75,9 @@ impl Engine {
         let vmm = find_vmm(&self.settings)?;
         let slot = SlotGuard(Some(self.claim(&spec)?));
         let mut packet = Packet::open(&mut spec, &self.settings)?;
-        let mut timeline = vec![("files".to_owned(), micros(began.elapsed()))];
+        let since = |at: Instant| micros(at.saturating_duration_since(began));
+        let mut timeline: Vec<_> = spec.passed.drain(..).map(|(step, at)| (step, since(at))).collect();
+        timeline.push(("files".to_owned(), micros(began.elapsed())));
         let uid = UidLease::take(&self.settings.paths.runtime, &self.settings.jail)?;
         (packet.config.jail.uid, packet.config.jail.gid) = (uid.uid(), uid.uid());
         let bounds = bounds(&spec, &packet, self.settings.vm.overhead);
@@ -62,6 +85,7 @@ impl Engine {
         timeline.push(("cgroup".to_owned(), micros(began.elapsed())));
         let mut record = new_record(&spec, &packet, &cgroup, &uid);
         slot.get()?.write(&record)?;
+        let server = Server::listen(&record::socket(self.runtime(), &spec.namespace, &spec.id))?;
         let born = spawn(&vmm, &spec, cgroup.get()?)?;
         timeline.push((SPAWNED.to_owned(), micros(began.elapsed())));
         record.process = Some(born.process.id());
@@ -74,6 +98,9 @@ impl Engine {
             patience: Patience::default(),
             timeline,
             stderr: spec.stdio.stderr.take(),
+            origin: std::mem::take(&mut packet.origin),
+            ram_lock: packet.ram_lock.take(),
+            recording: packet.recording.take(),
             cgroup: cgroup.take()?,
             remains: Remains { slot: slot.take()?, record, uid },
         };
@@ -85,7 +112,7 @@ impl Engine {
             .inspect_err(|_| abandon(&parts))?;
         let oom = parts.cgroup.watch_oom();
         let inner = Arc::new(Inner::new(parts));
-        if let Err(err) = monitor::start(Arc::clone(&inner), oom, born.log) {
+        if let Err(err) = monitor::start(Arc::clone(&inner), oom, born.log, Some(server)) {
             inner.fault("the machine's thread cannot be started");
             inner.process.reap();
             cgroup::remove(&inner.cgroup.dirs());
@@ -164,6 +191,11 @@ impl Engine {
         }
     }
 
+    /// Where machines and leases are noted.
+    pub(crate) fn runtime(&self) -> &Path {
+        &self.settings.paths.runtime
+    }
+
     /// Takes the machine's name, cleaning up after an engine that died with it.
     fn claim(&self, spec: &CreateSpec) -> Result<Slot> {
         for _ in 0..2 {
@@ -215,8 +247,8 @@ fn build(inner: &Inner, packet: Packet, report: Report, vmm: &Path, oom_score_ad
         adjust_oom_score(inner, adjustment);
     }
     let built = inner.wait_for(CONFIGURE, |shared| {
-        let failure =
-            || shared.failed.clone().or_else(|| shared.exit.as_ref().map(|exit| format!("{:?}", exit.reason)));
+        let ended = |exit: &ExitInfo| (FailureKind::Other, format!("{:?}", exit.reason));
+        let failure = || shared.failed.clone().or_else(|| shared.exit.as_ref().map(ended));
         match shared.configured {
             true => Some(Ok(())),
             false => failure().map(Err),
@@ -224,7 +256,12 @@ fn build(inner: &Inner, packet: Packet, report: Report, vmm: &Path, oom_score_ad
     });
     match built {
         Some(Ok(())) => (),
-        Some(Err(message)) => {
+        Some(Err((FailureKind::Incompatible, message))) => {
+            let what =
+                "this host cannot resume the machine's RAM (io.ovms.on-incompatible=boot boots it from its disk)";
+            return Err(Error::new(Kind::FailedPrecondition, what).because(message).incompatible());
+        }
+        Some(Err((FailureKind::Other, message))) => {
             return Err(Error::new(Kind::InvalidArgument, "the VMM cannot build the machine").because(message))
         }
         None => {

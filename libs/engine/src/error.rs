@@ -29,6 +29,7 @@ pub enum Kind {
 pub struct Error {
     kind: Kind,
     message: String,
+    incompatible: bool,
     source: Option<Box<dyn StdError + Send + Sync>>,
 }
 
@@ -38,7 +39,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 impl Error {
     /// An error without a source. `message` is one lower-case sentence.
     pub(crate) fn new(kind: Kind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into(), source: None }
+        Self { kind, message: message.into(), incompatible: false, source: None }
     }
 
     /// Adds what caused it.
@@ -51,6 +52,18 @@ impl Error {
     pub(crate) fn io(message: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
         let message = message.into();
         move |source| Self::new(Kind::Internal, message).because(source)
+    }
+
+    /// Says that this host cannot resume the machine's RAM.
+    pub(crate) fn incompatible(mut self) -> Self {
+        self.incompatible = true;
+        self
+    }
+
+    /// Whether this host cannot resume the machine's RAM; the same image may still boot.
+    #[must_use]
+    pub fn is_incompatible(&self) -> bool {
+        self.incompatible
     }
 
     /// What a caller should make of it.

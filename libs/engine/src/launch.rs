@@ -6,23 +6,31 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use ovms_bundle::{Bundle, DiskFiles, Holder, Manifest};
+use ovms_bundle::{Bundle, DiskFiles, Holder, Manifest, MAX_FROZEN};
 use ovms_config::vm::{
-    check_cmdline, BootConfig, ConsoleConfig, DiskConfig, FdIndex, JailConfig, StartConfig, TopConfig, VmConfig,
-    VM_CONFIG_VERSION,
+    check_cmdline, BootConfig, ConsoleConfig, DiskConfig, FdIndex, JailConfig, RestoreConfig, StartConfig, TopConfig,
+    VmConfig, VM_CONFIG_VERSION,
 };
 use ovms_config::Settings;
 use ovms_proto::channel::MAX_FDS;
 
 use crate::error::{Error, Kind, Result};
+use crate::ram_lock::RamLock;
 use crate::record;
-use crate::sizing::{settle, Size};
+use crate::restore::{self, Resume};
+use crate::shared::Origin;
+use crate::sizing::{settle, settle_resumed, Size};
 use crate::spec::CreateSpec;
 
 /// Descriptors that a VMM opens for itself: VM, vCPUs, eventfds and epoll instances of its devices.
 const OWN_FILES: u64 = 512;
 /// Bytes that the map of a disk's top may have beyond one for each 512 of the disk, and the least size limit.
 const FILE_SLACK: u64 = 64 << 20;
+/// Bytes of a RAM snapshot for each of the machine's memory: a chunk that changes while it is copied is written again, and
+/// what it was before is dropped at the end.
+const SNAPSHOT_ROOM: u64 = 4;
+/// Where the kernel keeps what lets an unprivileged process have its userfaultfd.
+const USERFAULT: &str = "/dev/userfaultfd";
 
 /// The first packet.
 #[derive(Debug)]
@@ -32,6 +40,10 @@ pub(crate) struct Packet {
     pub(crate) size: Size,
     /// Data files of the tops that the descriptors lock.
     pub(crate) tops: Vec<PathBuf>,
+    pub(crate) origin: Origin,
+    /// The file that the VMM records its working set into.
+    pub(crate) recording: Option<File>,
+    pub(crate) ram_lock: Option<RamLock>,
 }
 
 impl Packet {
@@ -43,19 +55,21 @@ impl Packet {
             text: format!("machine {}/{}, held by process {}", spec.namespace, spec.id, std::process::id()),
             socket: Some(record::socket(&settings.paths.runtime, &spec.namespace, &spec.id)),
         };
-        let bundle = Bundle::open(&spec.bundle, holder, spec.read_only).map_err(bundle_error)?;
-        let manifest = &bundle.record.manifest;
-        check_manifest(manifest)?;
-        let wishes = &mut spec.wishes;
-        wishes.image_vcpus = wishes.image_vcpus.or(manifest.vcpus());
-        wishes.image_memory = wishes.image_memory.or(manifest.memory_bytes());
-        let size = settle(wishes, &settings.vm)?;
-        let cmdline = join_cmdline(manifest.cmdline(), spec.extra_kernel_args.as_deref())?;
-        let kernel = bundle.kernel.ok_or_else(|| {
-            let message = "the image has no kernel, and this version of ovms does not boot firmware from a disk";
-            Error::new(Kind::InvalidArgument, message)
-        })?;
-        let boot = BootConfig { kernel: fds.push(kernel), initrd: bundle.initrd.map(|file| fds.push(file)), cmdline };
+        let mut bundle = Bundle::open(&spec.bundle, holder.clone(), spec.read_only).map_err(bundle_error)?;
+        check_manifest(&bundle.record.manifest)?;
+        let mut origin = Origin {
+            bundle: std::path::absolute(&spec.bundle).map_err(Error::io("the bundle's path cannot be used"))?,
+            holder,
+            writable: bundle.disk.as_ref().is_some_and(|disk| !disk.read_only),
+            ram: None,
+        };
+        let Start { config: start, size, recording, ram_lock } = match Resume::open(&bundle.record, spec, settings)? {
+            Some(resume) => {
+                origin.ram = Some(resume.ram.clone());
+                resume_start(resume, spec, settings, &mut fds)?
+            }
+            None => boot_start(&mut bundle, spec, settings, &mut fds)?,
+        };
         let disk_size = bundle.record.disk.as_ref().map_or(0, |disk| disk.virtual_size);
         let tops = bundle.record.disk.iter().filter_map(|disk| disk.top.as_ref()).map(|top| top.data.clone()).collect();
         let disks: Vec<_> = bundle.disk.into_iter().map(|disk| disk_config(disk, &mut fds)).collect();
@@ -70,9 +84,13 @@ impl Packet {
             gid: 0,
             netns,
             hostname,
-            max_file_size: disk_size.saturating_add(disk_size / 512).saturating_add(FILE_SLACK),
-            max_open_files: fds.0.len() as u64 + OWN_FILES,
+            max_file_size: disk_size
+                .saturating_add(disk_size / 512)
+                .max(size.memory.saturating_mul(SNAPSHOT_ROOM))
+                .saturating_add(FILE_SLACK),
+            max_open_files: fds.0.len() as u64 + OWN_FILES + 2 * MAX_FROZEN as u64,
         };
+        let userfault = File::options().read(true).write(true).open(USERFAULT).ok().map(|file| fds.push(file));
         if fds.0.len() > MAX_FDS {
             let message = format!("the machine needs {} descriptors, at most {MAX_FDS} can be passed", fds.0.len());
             return Err(Error::new(Kind::InvalidArgument, message));
@@ -83,14 +101,14 @@ impl Packet {
             vcpus: size.vcpus,
             memory: size.memory,
             kvm,
-            userfault: None,
-            start: StartConfig::Boot(boot),
+            userfault,
+            start,
             disks,
             console,
             jail,
             log_level: log_level(),
         };
-        Ok(Self { config, fds: fds.0, size, tops })
+        Ok(Self { config, fds: fds.0, size, tops, origin, recording, ram_lock })
     }
 
     /// The descriptors, in the order that the configuration names.
@@ -110,16 +128,54 @@ impl FdList {
     }
 }
 
+/// How a machine comes to life, and what that settles.
+struct Start {
+    config: StartConfig,
+    size: Size,
+    recording: Option<File>,
+    ram_lock: Option<RamLock>,
+}
+
+fn boot_start(bundle: &mut Bundle, spec: &mut CreateSpec, settings: &Settings, fds: &mut FdList) -> Result<Start> {
+    let manifest = &bundle.record.manifest;
+    let wishes = &mut spec.wishes;
+    wishes.image_vcpus = wishes.image_vcpus.or(manifest.vcpus());
+    wishes.image_memory = wishes.image_memory.or(manifest.memory_bytes());
+    let size = settle(wishes, &settings.vm)?;
+    let cmdline = join_cmdline(manifest.cmdline(), spec.extra_kernel_args.as_deref())?;
+    let kernel = bundle.kernel.take().ok_or_else(|| {
+        let message = "the image has no kernel, and this version of ovms does not boot firmware from a disk";
+        Error::new(Kind::InvalidArgument, message)
+    })?;
+    let initrd = bundle.initrd.take().map(|file| fds.push(file));
+    let config = StartConfig::Boot(BootConfig { kernel: fds.push(kernel), initrd, cmdline });
+    Ok(Start { config, size, recording: None, ram_lock: None })
+}
+
+fn resume_start(resume: Resume, spec: &CreateSpec, settings: &Settings, fds: &mut FdList) -> Result<Start> {
+    let Resume { ram, files, head } = resume;
+    let size = settle_resumed(&spec.wishes, &settings.vm, head.vcpus, head.memory)?;
+    let ram_lock = (ram.mlock && spec.lock_ram).then(|| RamLock::take(&files.memory, head.memory)).transpose()?;
+    let recording = if files.working_set.is_none() { restore::recording() } else { None };
+    let theirs = recording.as_ref().map(File::try_clone).transpose();
+    let theirs = theirs.map_err(Error::io("the file for the working set cannot be shared"))?;
+    let config = StartConfig::Restore(RestoreConfig {
+        state: fds.push(files.state),
+        memory: fds.push(files.memory),
+        working_set: files.working_set.map(|file| fds.push(file)),
+        record_working_set: theirs.map(|file| fds.push(file)),
+        mlock: ram.mlock,
+    });
+    Ok(Start { config, size, recording, ram_lock })
+}
+
 /// Refuses what the image asks for and the machine would silently lack.
 fn check_manifest(manifest: &Manifest) -> Result<()> {
-    let lacking = if let Some(device) = manifest.devices.first() {
-        format!("the device {} of type {}", device.name, device.kind)
-    } else if manifest.ram_snapshot.is_some() {
-        "a RAM snapshot to resume from".to_owned()
-    } else {
-        return Ok(());
-    };
-    let message = format!("the image asks for {lacking}, which this version of ovms does not have: build it without");
+    let Some(device) = manifest.devices.first() else { return Ok(()) };
+    let message = format!(
+        "the image asks for the device {} of type {}, which this version of ovms does not have: build it without",
+        device.name, device.kind
+    );
     Err(Error::new(Kind::InvalidArgument, message))
 }
 
@@ -171,15 +227,20 @@ fn open_netns(path: &Path) -> Result<File> {
     })
 }
 
-fn bundle_error(err: ovms_bundle::Error) -> Error {
+pub(crate) fn bundle_error(err: ovms_bundle::Error) -> Error {
+    Error::new(bundle_kind(&err), "the machine's files cannot be opened").because(err)
+}
+
+/// What a caller should make of a bundle's error.
+pub(crate) fn bundle_kind(err: &ovms_bundle::Error) -> Kind {
     use ovms_bundle::Error as E;
-    let kind = match &err {
-        E::InUse { .. } | E::NoTop(_) => Kind::FailedPrecondition,
+    match err {
+        E::InUse { .. } | E::NoTop(_) | E::Frozen { .. } | E::Cancelled => Kind::FailedPrecondition,
         E::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => Kind::NotFound,
+        E::Io { source, .. } if source.kind() == io::ErrorKind::DirectoryNotEmpty => Kind::FailedPrecondition,
         E::Record { .. } | E::Manifest(..) | E::Image(_) => Kind::InvalidArgument,
         _ => Kind::Internal,
-    };
-    Error::new(kind, "the machine's files cannot be opened").because(err)
+    }
 }
 
 /// The VMM logs as much as this process does.
@@ -209,7 +270,7 @@ mod tests {
     }
 
     #[test]
-    fn check_manifest_with_device_or_ram_returns_its_name() {
+    fn check_manifest_with_device_returns_its_name() {
         let manifest = |extra: &str| {
             let text = format!(
                 r#"{{"schemaVersion":1,"mediaType":"application/vnd.ovms.manifest.v1+json","name":"m","version":"1"{extra}}}"#
@@ -220,8 +281,6 @@ mod tests {
         let device = r#","devices":[{"type":"ivshmem","name":"mmio0","size":4096,"mmio_addr":"0x100000000"}]"#;
         let err = check_manifest(&manifest(device)).unwrap_err();
         assert!(err.to_string().contains("the device mmio0 of type ivshmem"), "{err}");
-        let err = check_manifest(&manifest(r#","ramSnapshot":{"ref":"ram.lz4"}"#)).unwrap_err();
-        assert!(err.to_string().contains("a RAM snapshot"), "{err}");
     }
 
     #[test]

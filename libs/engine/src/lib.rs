@@ -20,12 +20,17 @@ mod log;
 mod machine;
 mod monitor;
 mod process;
+mod ram_lock;
 mod record;
+mod remote;
+mod restore;
+mod serve;
 mod shared;
 pub mod sizing;
+mod snapshot;
 mod spec;
 mod stats;
-#[allow(unsafe_code, reason = "clone3, pidfds")]
+#[allow(unsafe_code, reason = "clone3, pidfds, locked memory")]
 mod sys;
 mod uid;
 
@@ -33,7 +38,10 @@ pub use engine::Engine;
 pub use error::{Error, Kind, Result};
 pub use machine::{ExitInfo, Machine, MachineEvent, MachineStatus, State};
 pub use ovms_proto::control::{ExitReason, Status as VmmStatus};
+pub use ovms_proto::machine::{Canceller, ToMachine};
 pub use record::{ProcessId, Record};
+pub use remote::Remote;
 pub use sizing::Wishes;
-pub use spec::{CreateSpec, Limits, Stdio};
+pub use snapshot::SnapshotOptions;
+pub use spec::{BootChoice, CreateSpec, Limits, OnIncompatible, Stdio};
 pub use stats::{CgroupVersion, CpuStats, IoStats, MemoryStats, PidStats, Stats};

@@ -1,7 +1,7 @@
 //! A machine: its handle, and what a caller can ask of it. What the VMM and the kernel say about it arrives in
 //! [`crate::monitor`].
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -91,7 +91,7 @@ pub struct MachineStatus {
 /// wait for the VMM give up after a bounded time, and a VMM that does not answer is killed.
 #[derive(Clone, Debug)]
 pub struct Machine {
-    inner: Arc<Inner>,
+    pub(crate) inner: Arc<Inner>,
 }
 
 impl Machine {
@@ -322,7 +322,7 @@ impl Machine {
         Ok(exit)
     }
 
-    fn started(&self) -> Result<()> {
+    pub(crate) fn started(&self) -> Result<()> {
         let state = self.inner.shared().state;
         match state {
             State::Creating | State::Created => Err(wrong_state(&self.inner, "was not started")),
@@ -332,7 +332,23 @@ impl Machine {
     }
 
     /// Sends one command and waits for its answer. A VMM that does not take it or does not answer is killed.
-    fn request(&self, command: Command) -> Result<Answer> {
+    pub(crate) fn request(&self, command: Command) -> Result<Answer> {
+        self.request_with(command, &[])
+    }
+
+    /// As [`Machine::request`], with descriptors beside the command.
+    pub(crate) fn request_with(&self, command: Command, fds: &[BorrowedFd<'_>]) -> Result<Answer> {
+        let inner = &self.inner;
+        let id = self.send(&command, fds)?;
+        match inner.wait_for(inner.patience.answer, |shared| answer_to(shared, id)) {
+            Some(Some(answer)) => answer.map_err(refusal),
+            Some(None) => Err(gone(inner)),
+            None => Err(hung(inner, &command)),
+        }
+    }
+
+    /// Sends one command; its answer will be found under the id. A VMM that does not take it is killed.
+    pub(crate) fn send(&self, command: &Command, fds: &[BorrowedFd<'_>]) -> Result<u64> {
         let inner = &self.inner;
         let id = {
             let mut shared = inner.shared();
@@ -347,24 +363,25 @@ impl Machine {
             shared.pending.insert(id, command.clone());
             id
         };
-        match inner.channel.send(&Request { id, command: command.clone() }, &[]) {
-            Ok(()) | Err(ChannelError::Closed) => (),
-            Err(ChannelError::Io(err)) if err.kind() == std::io::ErrorKind::WouldBlock => {
-                return Err(hung(inner, &command))
-            }
-            Err(err) => return Err(Error::new(Kind::Internal, "a request cannot be sent to the VMM").because(err)),
-        }
-        let answer = |shared: &mut Shared| match shared.answers.remove(&id) {
-            Some(answer) => Some(Some(answer)),
-            None => shared.exit.is_some().then_some(None),
-        };
-        match inner.wait_for(inner.patience.answer, answer) {
-            Some(Some(Ok(answer))) => Ok(answer),
-            Some(Some(Err(message))) => Err(Error::new(Kind::Internal, "the VMM refuses").because(message)),
-            Some(None) => Err(gone(inner)),
-            None => Err(hung(inner, &command)),
+        match inner.channel.send(&Request { id, command: command.clone() }, fds) {
+            Ok(()) | Err(ChannelError::Closed) => Ok(id),
+            Err(ChannelError::Io(err)) if err.kind() == std::io::ErrorKind::WouldBlock => Err(hung(inner, command)),
+            Err(err) => Err(Error::new(Kind::Internal, "a request cannot be sent to the VMM").because(err)),
         }
     }
+}
+
+/// The answer to a request if it is there: `Some(None)` if there will be none, since the machine is gone.
+#[allow(clippy::option_option, reason = "not yet, never, this")]
+pub(crate) fn answer_to(shared: &mut Shared, id: u64) -> Option<Option<std::result::Result<Answer, String>>> {
+    match shared.answers.remove(&id) {
+        Some(answer) => Some(Some(answer)),
+        None => shared.exit.is_some().then_some(None),
+    }
+}
+
+pub(crate) fn refusal(message: String) -> Error {
+    Error::new(Kind::Internal, "the VMM refuses").because(message)
 }
 
 /// Gives the engine's end of a control socket a limit on how long a VMM that reads nothing can hold up a sender.
@@ -380,18 +397,18 @@ pub(crate) fn with_overhead(limit: i64, overhead: u64) -> i64 {
     }
 }
 
-fn hung(inner: &Inner, command: &Command) -> Error {
+pub(crate) fn hung(inner: &Inner, command: &Command) -> Error {
     let message = format!("the VMM did not answer {command:?} in time and was killed");
     inner.fault(&message);
     Error::new(Kind::Unavailable, message)
 }
 
-fn gone(inner: &Inner) -> Error {
+pub(crate) fn gone(inner: &Inner) -> Error {
     let why = inner.shared().exit.as_ref().map(|exit| format!("{:?}", exit.reason)).unwrap_or_default();
     Error::new(Kind::NotFound, format!("machine {} has ended already ({why})", inner.id))
 }
 
-fn wrong_state(inner: &Inner, why: &str) -> Error {
+pub(crate) fn wrong_state(inner: &Inner, why: &str) -> Error {
     Error::new(Kind::FailedPrecondition, format!("machine {} {why}", inner.id))
 }
 

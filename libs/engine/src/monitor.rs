@@ -1,4 +1,5 @@
-//! The thread that listens to one machine: control socket, pidfd, OOM notifications, log.
+//! The thread that listens to one machine: control socket, pidfd, OOM notifications, log, and the clients of its socket,
+//! each of which it hands to a thread of their own.
 //!
 //! What comes over the socket is taken as hostile. Every message must have been waited for (one `Configured`, one
 //! answer to each request, one `FirstExit`, one `Exited`), so a VMM that floods breaks the protocol with its second
@@ -21,6 +22,8 @@ use crate::cgroup::OomWatch;
 use crate::error::{Error, Result};
 use crate::log::{clean, LogPipe};
 use crate::machine::{ExitInfo, MachineEvent, State};
+use crate::restore;
+use crate::serve::Server;
 use crate::shared::Inner;
 
 /// Stack of a monitor; JSON of a hostile depth needs less (serde_json stops at 128 levels).
@@ -32,8 +35,8 @@ const MAX_STEPS: usize = 64;
 const MAX_STEP_NAME: usize = 64;
 
 /// Starts listening to a machine, until its VMM was reaped.
-pub(crate) fn start(inner: Arc<Inner>, oom: Option<OomWatch>, log: LogPipe) -> Result<()> {
-    let monitor = Monitor { kills: 0, inner, oom, log, open: true, deadline: None };
+pub(crate) fn start(inner: Arc<Inner>, oom: Option<OomWatch>, log: LogPipe, server: Option<Server>) -> Result<()> {
+    let monitor = Monitor { kills: 0, inner, oom, log, server, open: true, deadline: None };
     thread::Builder::new()
         .name("ovms-machine".into())
         .stack_size(STACK)
@@ -46,6 +49,8 @@ struct Monitor {
     inner: Arc<Inner>,
     oom: Option<OomWatch>,
     log: LogPipe,
+    /// Other processes that want something of the machine.
+    server: Option<Server>,
     /// OOM kills that were told.
     kills: u64,
     /// The control socket has not ended.
@@ -61,6 +66,7 @@ struct Ready {
     death: bool,
     oom: bool,
     log: bool,
+    client: bool,
 }
 
 impl Monitor {
@@ -82,11 +88,17 @@ impl Monitor {
             if ready.message {
                 self.receive();
             }
+            if ready.client {
+                if let Some(server) = &self.server {
+                    server.accept(&self.inner);
+                }
+            }
             if ready.death {
                 break;
             }
             self.hasten();
         }
+        self.server = None;
         self.drain();
         let status = self.inner.process.reap();
         self.check_oom();
@@ -101,6 +113,7 @@ impl Monitor {
             self.open.then(|| PollFd::new(self.inner.channel.as_fd(), PollFlags::POLLIN)),
             self.oom.as_ref().map(|oom| PollFd::new(oom.fd(), oom.events())),
             log.map(|log| PollFd::new(log, PollFlags::POLLIN)),
+            self.server.as_ref().map(|server| PollFd::new(server.fd(), PollFlags::POLLIN)),
         ];
         let indices = places.map(|place| {
             place.map(|fd| {
@@ -122,8 +135,14 @@ impl Monitor {
         let is_ready = |index: Option<usize>| {
             index.and_then(|index| fds.get(index)?.revents()).is_some_and(|events| !events.is_empty())
         };
-        let [message, oom, log] = indices;
-        Ok(Ready { death: is_ready(Some(0)), message: is_ready(message), oom: is_ready(oom), log: is_ready(log) })
+        let [message, oom, log, client] = indices;
+        Ok(Ready {
+            death: is_ready(Some(0)),
+            message: is_ready(message),
+            oom: is_ready(oom),
+            log: is_ready(log),
+            client: is_ready(client),
+        })
     }
 
     /// Ends a VMM that has taken its leave and does not go.
@@ -184,11 +203,11 @@ impl Monitor {
                 inner.vmm_steps(timeline.steps.into_iter().take(MAX_STEPS).map(name).collect());
                 inner.change(|shared| shared.configured = true);
             }
-            FromVmm::Failed { message, .. } => {
+            FromVmm::Failed { kind, message } => {
                 if inner.shared().failed.is_some() {
                     return Err("failed twice");
                 }
-                inner.change(|shared| shared.failed = Some(clean(&message, MAX_MESSAGE)));
+                inner.change(|shared| shared.failed = Some((kind, clean(&message, MAX_MESSAGE))));
             }
             FromVmm::Reply { id, result } => return self.reply(id, result),
             FromVmm::Event(Event::FirstExit { micros }) => {
@@ -202,7 +221,11 @@ impl Monitor {
                 inner.tell(&MachineEvent::FirstExit { micros });
                 inner.save();
             }
-            FromVmm::Event(Event::SnapshotTaken { .. } | Event::WorkingSetRecorded) => return Err("unasked"),
+            FromVmm::Event(Event::SnapshotTaken { stood_micros }) => return self.snapshot_taken(stood_micros),
+            FromVmm::Event(Event::WorkingSetRecorded) => {
+                let recording = inner.shared().recording.take().ok_or("a working set that nobody waits for")?;
+                restore::publish_working_set(inner, recording);
+            }
             FromVmm::Event(Event::Exited(reason)) => {
                 let reason = match reason {
                     ExitReason::Fault { message } => ExitReason::Fault { message: clean(&message, MAX_MESSAGE) },
@@ -213,6 +236,31 @@ impl Monitor {
                 }
             }
         }
+        Ok(())
+    }
+
+    /// The instant of a snapshot: the one that was asked for, once.
+    fn snapshot_taken(&self, stood_micros: u64) -> std::result::Result<(), &'static str> {
+        let stops = {
+            let mut shared = self.inner.shared();
+            let asked = shared.pending.values().find_map(|command| match command {
+                Command::Snapshot(command) => Some(command.stop),
+                _ => None,
+            });
+            let stop = asked.ok_or("a snapshot that nobody has asked for")?;
+            if shared.taken.replace(stood_micros).is_some() {
+                return Err("a second instant of one snapshot");
+            }
+            let stops = stop && shared.state == State::Running;
+            if stops {
+                shared.state = State::Paused;
+            }
+            stops
+        };
+        if stops {
+            self.inner.tell(&MachineEvent::Paused);
+        }
+        self.inner.change(|_| ());
         Ok(())
     }
 
@@ -256,7 +304,8 @@ impl Monitor {
         let reason = {
             let mut shared = inner.shared();
             let said = shared.said_exit.take();
-            exit_reason(said, shared.fault.clone(), shared.failed.clone(), status, &last_words)
+            let failed = shared.failed.as_ref().map(|(_, message)| message.clone());
+            exit_reason(said, shared.fault.clone(), failed, status, &last_words)
         };
         let exit = ExitInfo { status: reason.status(), at: SystemTime::now(), reason, oom_killed };
         tracing::info!(id = inner.id, status = exit.status, reason = ?exit.reason, "the machine has ended");

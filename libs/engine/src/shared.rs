@@ -5,17 +5,21 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
+use std::fs::File;
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use ovms_proto::control::{Answer, Command, ExitReason};
+use ovms_bundle::Holder;
+use ovms_proto::control::{Answer, Command, ExitReason, FailureKind};
 use ovms_proto::Channel;
 
 use crate::cgroup::Cgroup;
 use crate::error::Result;
 use crate::machine::{ExitInfo, MachineEvent, State};
 use crate::process::Process;
+use crate::ram_lock::RamLock;
 use crate::record::{Record, Slot};
 use crate::uid::UidLease;
 
@@ -31,11 +35,13 @@ pub(crate) struct Inner {
     pub(crate) memory: u64,
     /// Bytes that its cgroup allows beyond a memory limit.
     pub(crate) overhead: u64,
+    pub(crate) origin: Origin,
     /// When its creation began.
     pub(crate) began: Instant,
     pub(crate) patience: Patience,
     /// The console's unused stderr.
     pub(crate) _stderr: Option<OwnedFd>,
+    pub(crate) _ram_lock: Option<RamLock>,
     shared: Mutex<Shared>,
     changed: Condvar,
     listeners: Mutex<Listeners>,
@@ -49,7 +55,7 @@ pub(crate) struct Shared {
     /// The VMM has built the machine.
     pub(crate) configured: bool,
     /// The VMM's last word if it could not build the machine or go on.
-    pub(crate) failed: Option<String>,
+    pub(crate) failed: Option<(FailureKind, String)>,
     /// Why the guest is gone, as the VMM says.
     pub(crate) said_exit: Option<ExitReason>,
     /// Why we killed it.
@@ -61,9 +67,30 @@ pub(crate) struct Shared {
     /// Answers that nobody has fetched yet.
     pub(crate) answers: BTreeMap<u64, std::result::Result<Answer, String>>,
     pub(crate) exit: Option<ExitInfo>,
+    /// Somebody changes the disk's tops.
+    pub(crate) freezing: bool,
+    /// Somebody takes a RAM snapshot.
+    pub(crate) snapshotting: bool,
+    /// The instant of the snapshot that is being taken has passed; microseconds for which the guest stood still.
+    pub(crate) taken: Option<u64>,
+    /// The file that the VMM may record its working set into.
+    pub(crate) recording: Option<File>,
     timeline: Vec<(String, u64)>,
     /// When the VMM's program began, in microseconds.
     program: Option<u64>,
+}
+
+/// What a machine was made from, and what of it a snapshot must know.
+#[derive(Debug, Default)]
+pub(crate) struct Origin {
+    /// The bundle's record.
+    pub(crate) bundle: PathBuf,
+    /// How this engine names itself as the holder of a top.
+    pub(crate) holder: Holder,
+    /// It has a disk that its guest may write.
+    pub(crate) writable: bool,
+    /// The RAM that it resumed from.
+    pub(crate) ram: Option<ovms_bundle::Ram>,
 }
 
 /// What a machine has on the host beside its process and its cgroup.
@@ -118,6 +145,9 @@ pub(crate) struct Parts {
     pub(crate) began: Instant,
     pub(crate) timeline: Vec<(String, u64)>,
     pub(crate) stderr: Option<OwnedFd>,
+    pub(crate) origin: Origin,
+    pub(crate) ram_lock: Option<RamLock>,
+    pub(crate) recording: Option<File>,
     pub(crate) remains: Remains,
 }
 
@@ -134,6 +164,10 @@ impl Inner {
             pending: HashMap::new(),
             answers: BTreeMap::new(),
             exit: None,
+            freezing: false,
+            snapshotting: false,
+            taken: None,
+            recording: parts.recording,
             timeline: parts.timeline,
             program: None,
         };
@@ -145,9 +179,11 @@ impl Inner {
             cgroup: parts.cgroup,
             memory: parts.memory,
             overhead: parts.overhead,
+            origin: parts.origin,
             began: parts.began,
             patience: parts.patience,
             _stderr: parts.stderr,
+            _ram_lock: parts.ram_lock,
             shared: Mutex::new(shared),
             changed: Condvar::new(),
             listeners: Mutex::default(),
@@ -235,6 +271,17 @@ impl Inner {
         }
         if let Err(err) = remains.slot.write(&remains.record) {
             tracing::error!(id = self.id, err = err.chain(), "the machine's record is out of date");
+        }
+    }
+
+    /// Notes another top that the machine holds, or that it does not hold it.
+    pub(crate) fn note_top(&self, data: PathBuf, held: bool) {
+        let mut remains = self.remains.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(remains) = remains.as_mut() {
+            remains.record.tops.retain(|top| *top != data);
+            if held {
+                remains.record.tops.push(data);
+            }
         }
     }
 

@@ -68,6 +68,28 @@ pub fn settle(wishes: &Wishes, settings: &VmSettings) -> Result<Size> {
     Ok(Size { vcpus, memory, cgroup_memory: cgroup_memory(asked, settings.overhead) })
 }
 
+/// Decides for a machine that resumes: what was saved stays as it was, wishes go to its cgroup alone.
+///
+/// # Errors
+/// [`Kind::FailedPrecondition`] for a limit below the memory that the machine has, naming who asked; as [`settle`].
+pub fn settle_resumed(wishes: &Wishes, settings: &VmSettings, vcpus: u32, saved: u64) -> Result<Size> {
+    if !(MIN_MEMORY..=MAX_MEMORY).contains(&saved) || !saved.is_multiple_of(MEMORY_STEP) || vcpus > MAX_VCPUS {
+        let message =
+            format!("the RAM snapshot is of a machine of {vcpus} vCPUs and {saved} bytes, which this VMM does not run");
+        return Err(Error::new(Kind::InvalidArgument, message));
+    }
+    let asked = memory(&Wishes { image_memory: Some(saved), ..wishes.clone() }, settings)?;
+    let (limit, who) = asked;
+    if limit < saved {
+        let message = format!(
+            "{who} allows {limit} bytes of memory, the machine in the RAM snapshot has {saved}: allow as much, or boot it \
+             with the annotation io.ovms.boot=cold"
+        );
+        return Err(Error::new(Kind::FailedPrecondition, message));
+    }
+    Ok(Size { vcpus, memory: saved, cgroup_memory: cgroup_memory(limit, settings.overhead) })
+}
+
 /// Memory limit of the VMM's cgroup for a machine that may have `limit` bytes: without the overhead the VMM would be
 /// killed when its guest has used what it was given.
 pub(crate) fn cgroup_memory(limit: u64, overhead: u64) -> u64 {
@@ -182,6 +204,27 @@ mod tests {
             let wishes = Wishes { spec_memory: Some(limit), spec_cpu_quota: Some(-1), ..Wishes::default() };
             let size = settle(&wishes, &VmSettings::default()).unwrap();
             assert_eq!((size.memory, size.vcpus), (512 * MIB, 1));
+        }
+    }
+
+    #[test]
+    fn a_resumed_machine_keeps_its_size_and_a_larger_limit_is_the_cgroups() {
+        let settings = VmSettings::default();
+        let spec = |limit: i64| Wishes { spec_memory: Some(limit), spec_cpu_quota: Some(50_000), ..Wishes::default() };
+        let size = settle_resumed(&spec(0), &settings, 2, 256 * MIB).unwrap();
+        assert_eq!((size.vcpus, size.memory, size.cgroup_memory), (2, 256 * MIB, 256 * MIB + settings.overhead));
+        let size = settle_resumed(&spec(300 * MIB as i64), &settings, 2, 256 * MIB).unwrap();
+        assert_eq!((size.memory, size.cgroup_memory), (256 * MIB, 300 * MIB + settings.overhead));
+        let err = settle_resumed(&spec(255 * MIB as i64), &settings, 2, 256 * MIB).unwrap_err();
+        assert_eq!(err.kind(), Kind::FailedPrecondition);
+        assert!(err.to_string().contains("the spec's memory limit allows 267386880"), "{err}");
+    }
+
+    #[test]
+    fn settle_resumed_odd_machine_returns_invalid_argument() {
+        for (vcpus, memory) in [(33, 256 * MIB), (1, MIB), (1, 256 * MIB + 4096), (1, u64::MAX)] {
+            let err = settle_resumed(&Wishes::default(), &VmSettings::default(), vcpus, memory).unwrap_err();
+            assert_eq!(err.kind(), Kind::InvalidArgument);
         }
     }
 

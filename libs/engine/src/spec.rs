@@ -1,7 +1,9 @@
 //! What a caller asks for: [`CreateSpec`] and its parts.
 
+use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
@@ -38,6 +40,59 @@ pub struct CreateSpec {
     pub hostname: String,
     /// `oom_score_adj` of the VMM. Lowering it needs CAP_SYS_RESOURCE; without it the value is left as it was.
     pub oom_score_adj: Option<i32>,
+    /// What a bundle that carries RAM does.
+    pub boot: BootChoice,
+    /// What becomes of one whose RAM this host cannot resume.
+    pub on_incompatible: OnIncompatible,
+    /// Hold the RAM file locked for as long as the machine lives if its record asks for that (`mlock_required`): for
+    /// callers beside which no snapshotter does.
+    pub lock_ram: bool,
+    /// When the caller began with this start: its time line counts from there. `None`: when `create` begins.
+    pub began: Option<Instant>,
+    /// Steps that the caller has passed since, for the time line.
+    pub passed: Vec<(String, Instant)>,
+}
+
+/// What a bundle that carries RAM does (annotation `io.ovms.boot`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum BootChoice {
+    /// It resumes; one without RAM boots.
+    #[default]
+    Auto,
+    /// It boots from its disk (`cold`).
+    Cold,
+}
+
+/// What becomes of a machine whose RAM this host cannot resume (annotation `io.ovms.on-incompatible`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnIncompatible {
+    /// Its creation fails, with the feature that lacks.
+    #[default]
+    Refuse,
+    /// It boots from its disk (`boot`).
+    Boot,
+}
+
+impl CreateSpec {
+    /// A second one like it; the ends of the console are duplicated.
+    pub(crate) fn try_clone(&self) -> io::Result<Self> {
+        let twin = |fd: &Option<OwnedFd>| fd.as_ref().map(OwnedFd::try_clone).transpose();
+        let Stdio { stdin, stdout, stderr } = &self.stdio;
+        Ok(Self {
+            id: self.id.clone(),
+            namespace: self.namespace.clone(),
+            bundle: self.bundle.clone(),
+            wishes: self.wishes.clone(),
+            extra_kernel_args: self.extra_kernel_args.clone(),
+            stdio: Stdio { stdin: twin(stdin)?, stdout: twin(stdout)?, stderr: twin(stderr)? },
+            cgroups_path: self.cgroups_path.clone(),
+            limits: self.limits.clone(),
+            netns: self.netns.clone(),
+            hostname: self.hostname.clone(),
+            passed: self.passed.clone(),
+            ..*self
+        })
+    }
 }
 
 /// The ends of the machine's serial console. The engine hands them to the VMM and keeps none, so a reader sees the end

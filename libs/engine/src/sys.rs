@@ -152,3 +152,55 @@ pub(crate) fn duplicate_above(fd: BorrowedFd<'_>, floor: RawFd) -> io::Result<Ow
     // SAFETY: the kernel has made this descriptor for us.
     Ok(unsafe { OwnedFd::from_raw_fd(copy) })
 }
+
+/// `MADV_POPULATE_READ` of the kernel's include/uapi/asm-generic/mman-common.h, since Linux 5.14.
+const MADV_POPULATE_READ: c_int = 22;
+
+/// A shared read-only mapping of a file whose pages, once they are in memory, stay there.
+#[derive(Debug)]
+pub(crate) struct LockedMap {
+    address: *mut libc::c_void,
+    length: usize,
+}
+
+// SAFETY: nothing reads or writes the memory through the address; the calls on it may come from any thread.
+unsafe impl Send for LockedMap {}
+// SAFETY: as above.
+unsafe impl Sync for LockedMap {}
+
+impl LockedMap {
+    /// Maps the first `length` bytes. Pages are locked as they come in; the limit of locked memory is asked at once.
+    pub(crate) fn new(file: BorrowedFd<'_>, length: usize) -> io::Result<Self> {
+        // SAFETY: a new mapping at an address of the kernel's choice; the descriptor is open.
+        let address =
+            unsafe { libc::mmap(ptr::null_mut(), length, libc::PROT_READ, libc::MAP_SHARED, file.as_raw_fd(), 0) };
+        if address == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let map = Self { address, length };
+        // SAFETY: the range is the mapping made above.
+        if unsafe { libc::mlock2(map.address, map.length, libc::MLOCK_ONFAULT) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(map)
+    }
+
+    /// Brings a range, cut at the mapping's end, into memory. `start` is at a page's begin.
+    pub(crate) fn populate(&self, range: std::ops::Range<usize>) -> io::Result<()> {
+        let end = range.end.min(self.length);
+        let Some(length) = end.checked_sub(range.start) else { return Ok(()) };
+        // SAFETY: the range lies within the mapping; reading pages in changes nothing that anybody sees.
+        let rc = unsafe { libc::madvise(self.address.byte_add(range.start), length, MADV_POPULATE_READ) };
+        if rc != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
+    }
+}
+
+impl Drop for LockedMap {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is this value's alone, and nothing refers into it.
+        unsafe { libc::munmap(self.address, self.length) };
+    }
+}

@@ -13,7 +13,8 @@ use super::*;
 use crate::cgroup::Cgroup;
 use crate::process::Process;
 use crate::record::{Claim, Record, Slot};
-use crate::shared::{Parts, Patience, Remains, SPAWNED};
+use crate::serve::Server;
+use crate::shared::{Origin, Parts, Patience, Remains, SPAWNED};
 use crate::uid::UidLease;
 use crate::{log, monitor};
 
@@ -57,12 +58,16 @@ fn stage() -> Stage {
         cgroup: Cgroup::None,
         memory: 64 << 20,
         overhead: 1 << 20,
+        origin: Origin::default(),
         began: Instant::now(),
         timeline: vec![(SPAWNED.into(), 100)],
         stderr: None,
+        ram_lock: None,
+        recording: None,
         remains: Remains { slot, record, uid },
     }));
-    monitor::start(Arc::clone(&inner), None, log).unwrap();
+    let server = Server::listen(&crate::record::socket(runtime.path(), "ns", "vm1")).unwrap();
+    monitor::start(Arc::clone(&inner), None, log, Some(server)).unwrap();
     inner.change(|shared| shared.state = State::Created);
     let machine = Machine::new(inner);
     let (tell, events) = mpsc::channel();

@@ -1,0 +1,129 @@
+//! A machine's RAM file held in the host's memory (`mlock_required`) where no snapshotter does that: one shared, locked,
+//! read-only mapping. What the guest makes its own of it, its VMM locks itself.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+use std::thread;
+
+use nix::errno::Errno;
+use nix::unistd::{lseek, Whence};
+
+use crate::error::{Error, Kind, Result};
+use crate::sys::LockedMap;
+
+/// Bytes that are read between two looks at whether the machine is still there.
+const STEP: usize = 32 << 20;
+
+/// The mapping; it ends when this does.
+#[derive(Debug)]
+pub(crate) struct RamLock {
+    map: Arc<LockedMap>,
+    ended: Arc<AtomicBool>,
+}
+
+impl RamLock {
+    /// Locks the file's `length` bytes: what is in memory at once, the rest as a thread beside the start reads it. Holes
+    /// are left out: no disk has to give them back.
+    pub(crate) fn take(file: &File, length: u64) -> Result<Self> {
+        let length = usize::try_from(length).unwrap_or(usize::MAX);
+        let map = LockedMap::new(file.as_fd(), length).map_err(|err| {
+            let message = format!(
+                "the image demands that its {length} bytes of RAM are locked (mlock_required), which this process may not \
+                 do: raise its limit of locked memory (LimitMEMLOCK=infinity, ulimit -l unlimited)"
+            );
+            Error::new(Kind::FailedPrecondition, message).because(err)
+        })?;
+        let lock = Self { map: Arc::new(map), ended: Arc::default() };
+        let failed = || Error::io("the RAM file cannot be held in memory");
+        let file = file.try_clone().map_err(failed())?;
+        let (map, ended) = (Arc::clone(&lock.map), Arc::clone(&lock.ended));
+        let reader = thread::Builder::new().name("ovms-ram".into()).stack_size(128 << 10);
+        let read = move || {
+            if let Err(err) = read(&file, &map, length, &ended) {
+                tracing::warn!(%err, "the RAM file is locked only where it is used");
+            }
+        };
+        reader.spawn(read).map_err(failed())?;
+        Ok(lock)
+    }
+}
+
+impl Drop for RamLock {
+    fn drop(&mut self) {
+        self.ended.store(true, Ordering::Release);
+    }
+}
+
+/// Brings the file's data into memory, where the mapping keeps it.
+fn read(file: &File, map: &LockedMap, length: usize, ended: &AtomicBool) -> io::Result<()> {
+    let mut at = 0;
+    while let Some((start, end)) = extent(file, at, length)? {
+        at = start;
+        while at < end {
+            if ended.load(Ordering::Acquire) {
+                return Ok(());
+            }
+            let stop = end.min(at.saturating_add(STEP));
+            map.populate(at..stop)?;
+            at = stop;
+        }
+    }
+    Ok(())
+}
+
+/// The next range of data from `at` on.
+fn extent(file: &File, at: usize, length: usize) -> io::Result<Option<(usize, usize)>> {
+    let seek = |at: usize, whence| match lseek(file, i64::try_from(at).unwrap_or(i64::MAX), whence) {
+        Ok(found) => Ok(usize::try_from(found).ok()),
+        Err(Errno::ENXIO) => Ok(None),
+        Err(errno) => Err(io::Error::from(errno)),
+    };
+    let Some(start) = seek(at, Whence::SeekData)?.filter(|start| *start < length) else { return Ok(None) };
+    let end = seek(start, Whence::SeekHole)?.unwrap_or(length).min(length);
+    Ok((end > start).then_some((start, end)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::os::unix::fs::FileExt;
+    use std::time::{Duration, Instant};
+
+    fn locked() -> u64 {
+        let status = fs::read_to_string("/proc/self/status").unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmLck:")).unwrap();
+        line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
+    }
+
+    #[test]
+    fn data_is_found_and_holes_are_left_out() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(4 << 20).unwrap();
+        file.write_all_at(&[1; 8192], 1 << 20).unwrap();
+        let (start, end) = extent(&file, 0, 4 << 20).unwrap().unwrap();
+        assert!(start <= 1 << 20 && ((1 << 20) + 8192..4 << 20).contains(&end), "{start} {end}");
+        assert_eq!(extent(&file, end, 4 << 20).unwrap(), None);
+    }
+
+    #[test]
+    fn the_mapping_is_locked_until_it_is_dropped() {
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(&[1; 16384], 0).unwrap();
+        let lock = match RamLock::take(&file, 16384) {
+            Ok(lock) => lock,
+            // A limit below four pages.
+            Err(err) => return assert!(err.chain().contains("ulimit -l"), "{}", err.chain()),
+        };
+        assert!(locked() >= 16384);
+        drop(lock);
+        let begin = Instant::now();
+        while locked() >= 16384 && begin.elapsed() < Duration::from_secs(5) {
+            thread::yield_now();
+        }
+        assert!(locked() < 16384);
+    }
+}
