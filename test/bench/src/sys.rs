@@ -2,13 +2,14 @@
 
 use std::io;
 use std::ptr;
+use std::time::{Duration, Instant};
 
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
 
 /// Maps `bytes` of zeroed private memory, puts `code` at `entry` and makes it slot 0 of `vm` at guest address 0. The
-/// mapping lives as long as the process.
-pub fn add_memory(vm: &VmFd, bytes: usize, entry: usize, code: &[u8]) -> io::Result<()> {
+/// mapping lives as long as the process. Returns how long the kernel took to take it as a slot.
+pub fn add_memory(vm: &VmFd, bytes: usize, entry: usize, code: &[u8]) -> io::Result<Duration> {
     if entry.checked_add(code.len()).is_none_or(|end| end > bytes) {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "the memory is too small for the code"));
     }
@@ -27,6 +28,8 @@ pub fn add_memory(vm: &VmFd, bytes: usize, entry: usize, code: &[u8]) -> io::Res
         memory_size: bytes as u64,
         userspace_addr: start as u64,
     };
+    let began = Instant::now();
     // SAFETY: the region names the whole mapping, which is never unmapped.
-    unsafe { vm.set_user_memory_region(region) }.map_err(|err| io::Error::from_raw_os_error(err.errno()))
+    unsafe { vm.set_user_memory_region(region) }.map_err(|err| io::Error::from_raw_os_error(err.errno()))?;
+    Ok(began.elapsed())
 }

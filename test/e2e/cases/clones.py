@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import signal
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-from e2e.harness import process, tally
+from e2e.harness import forgery, process, tally
 from e2e.harness.bed import Bed
 from e2e.harness.case import case, check, contains
 from e2e.harness.terminal import Session
@@ -285,3 +288,83 @@ def its_manifest_says_what_it_is(bed: Bed) -> None:
     missing = [layer["digest"] for layer in bottom["layers"] if "qcow2" in json.dumps(layer) and layer["digest"] not in digests]
     check(not missing, f"these disk layers of the base are not in the snapshot: {missing}")
     check(manifest.get("subject"), f"there is no subject: {raw[:400]}")
+
+
+def _needs(pointer: str, change: Callable[[Any], object]) -> Callable[[Path], None]:
+    """An edit that changes one field of a blob's head, given what it was."""
+    def edit(blob: Path) -> None:
+        value: Any = forgery.head(blob)
+        for name in pointer.strip("/").split("/"):
+            value = value[name]
+        forgery.with_head(pointer, change(value))(blob)
+
+    return edit
+
+
+def _with_amx(cpuid: list[dict[str, int]]) -> list[dict[str, int]]:
+    """CPUID of a guest that was shown AMX-TILE (leaf 7, EDX bit 24), which no KVM without the hardware offers."""
+    for entry in cpuid:
+        if (entry["function"], entry["index"]) == (7, 0):
+            entry["edx"] |= 1 << 24
+    return cpuid
+
+
+@case(guests=("native",), containerds=("containerd-2.4",), seconds=90)
+def an_incompatible_host_is_told_what_lacks(bed: Bed) -> None:
+    """A missing CPU feature or capability fails by its name; `io.ovms.on-incompatible=boot` boots instead."""
+    image, _ = tally.image_with_ram(bed)
+    for tag, edit, named in (
+        ("feature", _needs("/fingerprint/cpuid", _with_amx), "amx"),
+        ("capability", _needs("/fingerprint/capabilities", lambda have: [*have, "teleport"]), "teleport"),
+    ):
+        forged = tally.pull(bed, forgery.image(bed, image, tag, edit))
+
+        done = bed.vm(forged, "vm", "--rm", status=None)
+
+        bed.refused(done, named, "found", "needed")
+        bed.containerd.ctr("containers", "delete", "vm", status=None)
+        bed.nothing_half_made()
+        console = tally.start(bed, forged, tag, "--annotation", "io.ovms.on-incompatible=boot", *tally.SMALL)
+        check(tally.first(console) == 0, f"it began at {tally.first(console)}")
+        tally.end(bed, tag, console)
+
+
+def _flipped(at: int) -> Callable[[Path], None]:
+    def edit(blob: Path) -> None:
+        data = bytearray(blob.read_bytes())
+        data[at] ^= 0x40
+        blob.write_bytes(data)
+
+    return edit
+
+
+def _cut(to: int) -> Callable[[Path], None]:
+    def edit(blob: Path) -> None:
+        blob.write_bytes(blob.read_bytes()[:to])
+
+    return edit
+
+
+@case(guests=("native",), containerds=("containerd-2.4",), seconds=120)
+def damaged_ram_is_refused(bed: Bed) -> None:
+    """Flipped, cut or forged: an image whose RAM cannot be right makes no machine, and nothing else on the host minds."""
+    image, before = tally.image_with_ram(bed)
+    damages: dict[str, Callable[[Path], None]] = {
+        "magic": _flipped(0), "epoch": _flipped(8), "offset": _flipped(17), "first-chunk": _flipped(64), "tail": _flipped(-1),
+        "empty": _cut(0), "prefix": _cut(40), "half": _cut(4096), "last-byte": _cut(-1),
+        "memory": forgery.with_head("/memory", 1 << 43), "odd-memory": forgery.with_head("/memory", 12345),
+        "vcpus": forgery.with_head("/vcpus", 900),
+    }
+    for name, edit in damages.items():
+        forged = forgery.image(bed, image, name, edit)
+        pulled = bed.containerd.ctr("images", "pull", "--plain-http", "--snapshotter", "ovms", forged, status=None)
+        done = bed.vm(forged, "vm", "--rm", status=None) if pulled.status == 0 else pulled
+        bed.refused(done)
+        check("ovms-vmm" not in done.text or "cannot" in done.text, f"{name}: {done.text[-300:]!r}")
+        bed.containerd.ctr("containers", "delete", "vm", status=None)
+        bed.containerd.ctr("images", "rm", "--sync", forged, status=None)
+        bed.nothing_half_made()
+
+    console = tally.start(bed, image, "vm")
+    check(tally.first(console) >= before, f"it began at {tally.first(console)}")
+    tally.end(bed, "vm", console)
