@@ -4,7 +4,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use ovms_config::Settings;
-use ovms_engine::{CreateSpec, Engine, Limits, Machine, Stats};
+use ovms_engine::{CreateSpec, Engine, Limits, Machine, SnapshotOptions, Stats};
+use tracing::info;
 
 use crate::error::{Error, Kind, Result};
 use crate::instance::{Exit, Image, Instance, Maker, Press, Rootfs, Save};
@@ -63,8 +64,12 @@ impl Instance for EngineMachine {
         Ok(self.0.resume()?)
     }
 
-    fn save(&self, _dir: &Path, _how: Save, _wanted: &(dyn Fn() -> bool + Sync)) -> Result<()> {
-        Err(Error::new(Kind::Unimplemented, "the engine takes no RAM snapshots yet"))
+    fn save(&self, dir: &Path, how: Save, wanted: &(dyn Fn() -> bool + Sync)) -> Result<()> {
+        // The archive that containerd makes of the directory has no place for what the machine was restored from.
+        let options = SnapshotOptions { full: true, stop: how.stop };
+        let mut progress = |step: &str| info!(id = self.0.id(), "{step}");
+        self.0.snapshot(dir, options, &mut progress, &|| !wanted())?;
+        Ok(())
     }
 
     fn resize(&self, columns: u16, rows: u16) -> Result<()> {

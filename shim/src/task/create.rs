@@ -8,7 +8,7 @@ use std::time::Instant;
 use containerd_shim_protos::events::task::{TaskCreate, TaskIO};
 use containerd_shim_protos::protobuf::MessageField;
 use containerd_shim_protos::types::mount::Mount;
-use ovms_engine::CreateSpec;
+use ovms_engine::{BootChoice, CreateSpec, OnIncompatible};
 use tokio::sync::oneshot;
 use tracing::{info, warn};
 
@@ -66,6 +66,7 @@ impl Tasks {
     }
 
     fn make(&self, request: &Request) -> Result<Arc<Container>> {
+        let began = Instant::now();
         let plan = oci::read(&request.bundle)?;
         for warning in &plan.warnings {
             warn!(id = request.id, "{warning}");
@@ -74,14 +75,17 @@ impl Tasks {
         let progress = |step: &str| info!(id = request.id, "{step}");
         let checkpoint = Some(Path::new(&request.checkpoint)).filter(|dir| !dir.as_os_str().is_empty());
         let rootfs = Rootfs { namespace: &self.namespace, id: &request.id, source: &source, checkpoint };
-        let began = Instant::now();
         let image = self.maker.resolve(&rootfs, &progress)?;
-        info!(id = request.id, micros = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX), "resolved");
+        let resolved = Instant::now();
         check_args(&plan.args, &image.args)?;
         let _making = self.begin()?;
         let (streams, console) = Streams::open(&request.stdio, &self.namespace, &request.id)?;
         let hooks = plan.hooks.clone();
-        let spec = spec_of(plan, request, &self.namespace, console);
+        let spec = CreateSpec {
+            began: Some(began),
+            passed: vec![("resolved".into(), resolved)],
+            ..spec_of(plan, request, &self.namespace, console)
+        };
         let instance = self.maker.create(spec, &image.record)?;
         let container = Arc::new(Container::new(
             request.id.clone(),
@@ -208,6 +212,9 @@ fn spec_of(plan: Plan, request: &Request, namespace: &str, console: ovms_engine:
         netns: plan.netns,
         hostname: plan.hostname,
         oom_score_adj: plan.oom_score_adj,
+        // The spec of a checkpoint is that of the machine it was taken of, which may have had to boot.
+        boot: if plan.cold && request.checkpoint.is_empty() { BootChoice::Cold } else { BootChoice::Auto },
+        on_incompatible: if plan.boot_if_incompatible { OnIncompatible::Boot } else { OnIncompatible::Refuse },
         ..CreateSpec::default()
     }
 }

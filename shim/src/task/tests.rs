@@ -3,6 +3,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use containerd_shim_protos::types::mount::Mount;
+use ovms_engine::{BootChoice, OnIncompatible};
 use serde_json::{json, Value};
 use tempfile::TempDir;
 use tokio::sync::{mpsc, Notify};
@@ -433,4 +434,18 @@ async fn create_from_a_checkpoint_hands_it_on_and_tells_it() {
     assert_eq!(bed.stub.asked()[0], "resolve /run/ctrd-checkpoint1 over /snapshots/7");
     let Ok(Item::Event(_, Event::Create(event))) = bed.events.try_recv() else { panic!("no event of the creation") };
     assert_eq!(event.checkpoint, checkpoint);
+}
+
+#[tokio::test]
+async fn what_annotations_say_of_ram_reaches_the_machine_unless_a_checkpoint_outdoes_it() {
+    let wishes = |spec: &mut Value| {
+        spec["annotations"] = json!({"io.ovms.boot": "cold", "io.ovms.on-incompatible": "boot"});
+    };
+    for (checkpoint, boot) in [("", BootChoice::Cold), ("/run/ctrd-checkpoint1", BootChoice::Auto)] {
+        let bed = bed();
+        let request = CreateRequest { checkpoint: checkpoint.into(), ..bed.request(wishes) };
+        bed.tasks.create(request).await.unwrap();
+        let spec = bed.stub.spec();
+        assert_eq!((spec.boot, spec.on_incompatible), (boot, OnIncompatible::Boot), "{checkpoint}");
+    }
 }
