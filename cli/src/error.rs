@@ -10,6 +10,7 @@ use ovms_artifact::build::BuildError;
 use ovms_artifact::layout::LayoutError;
 use ovms_artifact::manifest::ManifestError;
 use ovms_engine::Kind;
+use ovms_registry::RegistryError;
 
 /// Shown under `ovm --help`.
 pub const EXIT_CODES: &str = "Exit codes: 0 done, 2 wrong usage, 65 invalid input, 66 input not found, \
@@ -43,6 +44,12 @@ impl CliError {
     pub fn io(source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
         let source = source.into();
         Self { code: io_code(source.as_ref()).unwrap_or(IO), source }
+    }
+
+    /// Bytes that could not be read, or that do not hold.
+    fn io_or_invalid(source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+        let source = source.into();
+        Self { code: io_code(source.as_ref()).unwrap_or(DATA), source }
     }
 
     /// Somebody who may not.
@@ -81,9 +88,24 @@ impl From<LayoutError> for CliError {
     fn from(error: LayoutError) -> Self {
         match error {
             LayoutError::Io { .. } => Self::io(error),
+            LayoutError::UnknownName(_) => Self { code: NO_INPUT, source: error.into() },
             LayoutError::Occupied(_) => Self { code: CANNOT_CREATE, source: error.into() },
             error => Self::invalid(error),
         }
+    }
+}
+
+impl From<RegistryError> for CliError {
+    fn from(error: RegistryError) -> Self {
+        let code = match &error {
+            RegistryError::Layout(_) => return Self::io_or_invalid(error),
+            RegistryError::NotFound(_) => NO_INPUT,
+            RegistryError::Unauthorized(_) => NO_PERMISSION,
+            RegistryError::Http { .. } | RegistryError::Status { .. } | RegistryError::Client { .. } => UNAVAILABLE,
+            RegistryError::Setup(_) => IO,
+            _ => DATA,
+        };
+        Self { code, source: error.into() }
     }
 }
 

@@ -6,8 +6,12 @@
 
 mod build;
 mod error;
+mod images;
 mod inspect;
+mod ls;
 mod progress;
+mod pull;
+mod push;
 mod run;
 mod terminal;
 mod text;
@@ -35,6 +39,14 @@ enum Verb {
     Inspect(inspect::Args),
     /// Boot an image from an OCI layout, attached to its console
     Run(run::Args),
+    /// Fetch an image from a registry into the local store
+    Pull(pull::Args),
+    /// Send an image to a registry
+    Push(push::Args),
+    /// List the images of the local store
+    Ls(ls::Args),
+    /// Remove images from the local store
+    Rmi(ls::RemoveArgs),
 }
 
 fn main() -> ExitCode {
@@ -48,6 +60,10 @@ fn main() -> ExitCode {
         Verb::Validate(args) => validate::run(&args).map(success),
         Verb::Inspect(args) => inspect::run(&args).map(success),
         Verb::Run(args) => run::run(args),
+        Verb::Pull(args) => pull::run(&args).map(success),
+        Verb::Push(args) => push::run(&args).map(success),
+        Verb::Ls(args) => ls::run(&args).map(success),
+        Verb::Rmi(args) => ls::remove(&args, &|_| Vec::new()).map(success),
     };
     match done {
         Ok(code) => code,

@@ -28,9 +28,28 @@ pub fn size(bytes: u64) -> String {
     format!("{scaled:.1} {}", UNITS[unit - 1])
 }
 
+/// Columns as wide as their widest cell, two spaces between.
+pub fn table<const N: usize>(rows: &[[String; N]]) -> String {
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or_default();
+    let widths: [usize; N] = std::array::from_fn(width);
+    let mut out = String::new();
+    for row in rows {
+        let cells = row.iter().zip(widths).map(|(cell, width)| format!("{:width$}", harmless(cell)));
+        out += cells.collect::<Vec<_>>().join("  ").trim_end();
+        out.push('\n');
+    }
+    out
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn table_aligns_columns_and_tames_cells() {
+        let rows = [["A", "B"], ["long\u{1b}", "x"]].map(|row| row.map(str::to_owned));
+        assert_eq!(table(&rows), "A      B\nlong?  x\n");
+    }
 
     #[test]
     fn size_takes_the_largest_unit_that_fits() {

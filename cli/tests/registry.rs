@@ -127,7 +127,7 @@ fn image_pushed_by_oras_with_a_config_is_known_without_a_descriptor() {
 }
 
 #[test]
-fn pure_artifact_of_oras_is_refused_and_told_about_pull() {
+fn pure_artifact_of_oras_is_refused_and_pull_makes_it_a_runnable_image() {
     let (Some(oras), Some(registry)) = (program("oras"), Registry::start()) else { return };
     let parts = Parts::new();
     parts.build("before", &["--raw-layers"]);
@@ -138,4 +138,113 @@ fn pure_artifact_of_oras_is_refused_and_told_about_pull() {
     let said = parts.ovm(&["validate", after]);
     assert_eq!(said.code, Some(65));
     assert!(said.err.contains("`ovm pull` makes it a runnable image"), "{}", said.err);
+
+    let name = format!("{}/demo/oras:1", registry.address);
+    parts.ovm_ok(&["pull", &name]);
+    parts.ovm_ok(&["validate", "state/store"]);
+    let (before, pulled) = (parts.inspect("before"), parts.inspect("state/store"));
+    assert_eq!(pulled["manifest"], before["manifest"]);
+    assert_eq!(pulled["layers"][1], before["layers"][1]);
+    // It goes back as an image that any containerd runs.
+    parts.ovm_ok(&["push", &name]);
+    assert_eq!(parts.ovm_ok(&["pull", &name]).trim(), pulled["image"]["digest"]);
+}
+
+/// What `ovm push` says of bytes: (sent, mounted, there).
+fn told(said: &common::Said) -> [String; 3] {
+    let line = said.err.lines().last().unwrap_or_default();
+    let inner = line.split_once('(').and_then(|(_, rest)| rest.strip_suffix(')')).unwrap_or_default();
+    let words = ["sent", "mounted", "were there"];
+    let parts: Vec<&str> = inner.split(", ").collect();
+    std::array::from_fn(|i| parts.get(i).and_then(|part| part.strip_suffix(words[i])).unwrap_or("?").trim().to_owned())
+}
+
+#[test]
+fn push_and_pull_keep_the_image_and_send_only_what_is_lacking() {
+    let Some(registry) = Registry::start() else { return };
+    let parts = Parts::new();
+    let digest = parts.build("layout", &[]);
+    let (name, other) =
+        (format!("{}/demo/debian:13", registry.address), format!("{}/other/debian:13", registry.address));
+
+    let first = parts.ovm(&["push", "layout", &name]);
+    assert_eq!((first.code, first.out.trim()), (Some(0), digest.as_str()), "{}", first.err);
+    let [sent, mounted, there] = told(&first);
+    assert!(sent != "0 B" && mounted == "0 B" && there == "0 B", "{}", first.err);
+    let again = told(&parts.ovm(&["push", "layout", &name]));
+    assert_eq!([&again[0], &again[1], &again[2]], ["0 B", "0 B", sent.as_str()]);
+
+    assert_eq!(parts.ovm_ok(&["pull", &name]).trim(), digest);
+    parts.ovm_ok(&["validate", "state/store"]);
+    // The store knows now which repository has the blobs.
+    let mounted = told(&parts.ovm(&["push", &digest, &other]));
+    assert_eq!([&mounted[0], &mounted[1], &mounted[2]], ["0 B", sent.as_str(), "0 B"]);
+    assert_eq!(parts.ovm_ok(&["pull", "-q", &format!("{}/other/debian@{digest}", registry.address)]).trim(), digest);
+
+    let listed = parts.ovm_ok(&["ls"]);
+    assert!(listed.contains(&name) && listed.contains(&digest[7..19]) && listed.contains("by boot"), "{listed}");
+    parts.ovm_ok(&["rmi", &digest]);
+    assert_eq!(parts.ovm_ok(&["ls", "--json"]).trim(), "[]");
+    assert_eq!(std::fs::read_dir(parts.path("state/store/blobs/sha256")).unwrap().count(), 0);
+}
+
+#[test]
+fn pull_of_an_index_takes_the_manifest_for_linux_amd64() {
+    let (Some(oras), Some(registry)) = (program("oras"), Registry::start()) else { return };
+    let parts = Parts::new();
+    let digest = parts.build("layout", &[]);
+    let name = format!("{}/demo/debian:13", registry.address);
+    parts.ovm_ok(&["push", "-q", "layout", &name]);
+    let size = parts.inspect("layout")["image"]["size"].clone();
+    let index = json!({
+        "schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json",
+        "manifests": [{
+            "mediaType": "application/vnd.oci.image.manifest.v1+json", "digest": digest, "size": size,
+            "platform": { "os": "linux", "architecture": "amd64" },
+        }],
+    });
+    parts.write("index.json", index.to_string().as_bytes());
+    let many = format!("{}/demo/debian:many", registry.address);
+    let media_type = "application/vnd.oci.image.index.v1+json";
+    parts.run(&oras, &["manifest", "push", "--plain-http", "--media-type", media_type, &many, "index.json"]);
+
+    assert_eq!(parts.ovm_ok(&["pull", "-q", &many]).trim(), digest);
+}
+
+#[test]
+fn what_a_registry_does_not_have_or_is_not_is_told_by_message_and_code() {
+    let Some(registry) = Registry::start() else { return };
+    let parts = Parts::new();
+    let missing = format!("{}/no/such:1", registry.address);
+    let cases = [
+        (vec!["pull", &missing], 66, "the registry has no image"),
+        (vec!["pull", "localhost:1/no/registry:1"], 69, "Connection refused"),
+        (vec!["push", "debian:13"], 66, "the store has no image \"debian:13\""),
+        (vec!["pull", "UPPER:1"], 65, "UPPER:1"),
+    ];
+    for (args, code, message) in cases {
+        let said = parts.ovm(&args);
+        assert_eq!(said.code, Some(code), "{args:?}: {}", said.err);
+        assert!(said.err.contains(message), "{args:?}: {}", said.err);
+    }
+}
+
+#[test]
+fn a_blob_that_is_not_what_the_manifest_says_never_reaches_the_store() {
+    let Some(registry) = Registry::start() else { return };
+    let parts = Parts::new();
+    parts.build("layout", &[]);
+    let name = format!("{}/demo/debian:13", registry.address);
+    parts.ovm_ok(&["push", "-q", "layout", &name]);
+    let initrd = parts.inspect("layout")["initrd"]["digest"].as_str().unwrap()[7..].to_owned();
+    let data = registry.data().join("docker/registry/v2/blobs/sha256").join(&initrd[..2]).join(&initrd).join("data");
+    let mut bytes = std::fs::read(&data).unwrap();
+    bytes[0] ^= 1;
+    std::fs::write(&data, bytes).unwrap();
+
+    let said = parts.ovm(&["pull", &name]);
+
+    assert_eq!(said.code, Some(65), "{}", said.err);
+    assert!(said.err.contains("wrong digest") && said.err.contains(&initrd), "{}", said.err);
+    assert_eq!(parts.ovm_ok(&["ls", "--json"]).trim(), "[]");
 }

@@ -31,6 +31,8 @@ pub struct Parts {
 impl Parts {
     pub fn new() -> Self {
         let parts = Self { dir: tempfile::tempdir().unwrap() };
+        let state = parts.path("state");
+        parts.write("ovms.toml", format!("[paths]\nstate = {:?}\n", state.display().to_string()).as_bytes());
         let mut kernel = vec![0; 4096];
         kernel[0x1fe..0x200].copy_from_slice(&[0x55, 0xaa]);
         kernel[0x202..0x206].copy_from_slice(b"HdrS");
@@ -59,6 +61,7 @@ impl Parts {
     pub fn ovm<S: AsRef<OsStr>>(&self, args: &[S]) -> Said {
         let mut command = Command::new(env!("CARGO_BIN_EXE_ovm"));
         command.args(args).current_dir(self.dir.path()).env_remove("SOURCE_DATE_EPOCH");
+        command.env("OVMS_CONFIG", self.path("ovms.toml"));
         command.output().unwrap().into()
     }
 
@@ -110,7 +113,7 @@ pub fn program(name: &str) -> Option<PathBuf> {
 pub struct Registry {
     process: Child,
     pub address: String,
-    _storage: tempfile::TempDir,
+    storage: tempfile::TempDir,
 }
 
 impl Registry {
@@ -129,13 +132,18 @@ impl Registry {
         fs::write(&config, text).unwrap();
         let mut command = Command::new(program);
         command.arg("serve").arg(&config).stdout(Stdio::null()).stderr(Stdio::null());
-        let registry = Self { process: command.spawn().unwrap(), address, _storage: storage };
+        let registry = Self { process: command.spawn().unwrap(), address, storage };
         let deadline = Instant::now() + Duration::from_secs(20);
         while TcpStream::connect(&registry.address).is_err() {
             assert!(Instant::now() < deadline, "docker-registry does not answer on {}", registry.address);
             std::thread::sleep(Duration::from_millis(50));
         }
         Some(registry)
+    }
+
+    /// Where it keeps what was pushed.
+    pub fn data(&self) -> PathBuf {
+        self.storage.path().join("data")
     }
 }
 
