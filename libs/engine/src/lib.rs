@@ -29,6 +29,8 @@ mod shared;
 pub mod sizing;
 mod snapshot;
 mod spec;
+#[cfg(test)]
+mod stage;
 mod stats;
 #[allow(unsafe_code, reason = "clone3, pidfds, locked memory")]
 mod sys;

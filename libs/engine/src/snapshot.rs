@@ -349,3 +349,6 @@ impl Drop for One<'_> {
         self.0.change(|shared| shared.snapshotting = false);
     }
 }
+
+#[cfg(test)]
+mod tests;
