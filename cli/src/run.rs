@@ -195,6 +195,7 @@ fn unpack(args: &Args, settings: &Settings) -> Result<ovms_bundle::Record, CliEr
         launcher: Launcher::new(),
         limits: (&settings.limits).into(),
         max_boot_file: settings.limits.boot_file,
+        max_ram: Some(settings.ram.max_memory),
     };
     let root = settings.paths.state.join("cache");
     private_dir(&root).map_err(CliError::io)?;

@@ -16,6 +16,7 @@ mod freeze;
 pub mod layer;
 mod open;
 mod publish;
+pub mod ram;
 mod record;
 mod snapshot;
 mod snapshot_dir;

@@ -4,6 +4,7 @@
 //!  <cache>/layers/<diff_id>-<format>/{data,map}     each layer once, whichever images share it
 //!  <cache>/tables/<digest of the list of layers>    each stack once
 //!  <cache>/blobs/<digest>                           kernels and initial RAM disks
+//!  <cache>/ram/<digest>/                            RAM snapshots, each once (crate::ram)
 //!  <cache>/tmp/                                     what is being made
 //! ```
 //! Everything is made under `tmp`, synced and renamed, so the cache can be shared by processes and survives any crash.
@@ -29,9 +30,11 @@ use ovms_disk::Table;
 use crate::{
     create_top, layer,
     publish::{publish, sync, write_new},
+    ram,
+    ram::RamOptions,
     record::{Disk, RECORD_VERSION},
     worker::{Job, Launcher, Limits, Outcome, Progress, Source, Unpacked},
-    Error, Record, Result, TopPaths,
+    Error, Ram, Record, Result, TopPaths,
 };
 
 /// Name of the record in an instance's directory.
@@ -60,6 +63,8 @@ pub struct Options {
     pub limits: Limits,
     /// The largest kernel or initial RAM disk in bytes.
     pub max_boot_file: u64,
+    /// The most bytes of memory of a RAM snapshot; none: RAM that an image carries is left alone, and its machines boot.
+    pub max_ram: Option<u64>,
 }
 
 /// A cache of unpacked images.
@@ -75,7 +80,7 @@ impl Cache {
     /// # Errors
     /// [`Error::Io`].
     pub fn open(root: &Path, options: Options) -> Result<Cache> {
-        for dir in ["layers", "tables", "blobs", "tmp"] {
+        for dir in ["layers", "tables", "blobs", "ram", "tmp"] {
             let dir = root.join(dir);
             fs::create_dir_all(&dir).map_err(Error::io("create", &dir))?;
         }
@@ -105,6 +110,16 @@ impl Cache {
             }
             disks => Some(self.disk(&layout, disks, tell)?),
         };
+        let ram = match (&resolved.ram_snapshot, &self.options.max_ram) {
+            (Some(newest), Some(max)) => {
+                let others = image.parts.ram_snapshots.iter().chain(&image.parts.others);
+                let blobs: Vec<_> = std::iter::once(newest).chain(others).collect();
+                let mut ram = self.ram(&layout, newest, &blobs, *max, tell)?;
+                ram.mlock = resolved.manifest.ram_snapshot.as_ref().is_some_and(|ram| ram.mlock_required);
+                Some(ram)
+            }
+            _ => None,
+        };
         Ok(Record {
             version: RECORD_VERSION,
             image: Some(image.image.digest.to_string()),
@@ -112,7 +127,33 @@ impl Cache {
             kernel,
             initrd,
             disk,
-            ram: None,
+            ram,
+        })
+    }
+
+    /// The RAM snapshot with its chain; `blobs` are all that could be part of it.
+    fn ram(
+        &self,
+        layout: &Layout,
+        newest: &Blob,
+        blobs: &[&Blob],
+        max_memory: u64,
+        tell: &mut dyn FnMut(Step),
+    ) -> Result<Ram> {
+        let root = self.root.join("ram");
+        if let Some(ram) = ram::find(&root, &newest.digest)? {
+            return Ok(ram);
+        }
+        let tmp = self.root.join("tmp");
+        let chain = ram::chain(newest.digest, &mut |digest| {
+            let Some(blob) = blobs.iter().find(|blob| blob.digest == *digest) else { return Ok(None) };
+            Ok(Some((seekable(layout, blob, &tmp)?, blob.size)))
+        })?;
+        let launcher = self.options.launcher.clone();
+        let options = RamOptions { launcher, max_memory, threads: 0 };
+        ram::unpack(&root, chain, &options, &mut |p| {
+            tell(Step { what: "RAM".into(), done: p.done, total: p.total });
+            true
         })
     }
 
@@ -234,6 +275,17 @@ fn open_blob(layout: &Layout, blob: &Blob) -> Result<(File, Option<thread::JoinH
         let _ = io::copy(&mut from, &mut writer);
     });
     Ok((File::from(std::os::fd::OwnedFd::from(reader)), Some(feeder)))
+}
+
+/// Opens a blob as a file that can be read at any offset: itself, or a copy without a name of what lies inside a tar.
+fn seekable(layout: &Layout, blob: &Blob, tmp: &Path) -> Result<File> {
+    if layout.blob_path(&blob.digest).is_some() {
+        return Ok(open_blob(layout, blob)?.0);
+    }
+    let mut from = layout.blob(&blob.digest, blob.size).map_err(Error::Layout)?;
+    let mut file = tempfile::tempfile_in(tmp).map_err(Error::io("create a file in", tmp))?;
+    copy(&mut from, &mut file, blob.size, &mut |_| ()).map_err(Error::io("copy from", layout.path()))?;
+    Ok(file)
 }
 
 fn copy(from: &mut dyn Read, to: &mut File, size: u64, progress: &mut dyn FnMut(u64)) -> io::Result<()> {

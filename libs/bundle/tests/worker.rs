@@ -382,7 +382,12 @@ fn build(dir: &Path, sink: Box<dyn Sink>) -> (Vec<u8>, Vec<u8>) {
 }
 
 fn cache(dir: &Path) -> Cache {
-    let options = Options { launcher: Launcher::new(), limits: Limits::default(), max_boot_file: 1 << 30 };
+    let options = Options {
+        launcher: Launcher::new(),
+        limits: Limits::default(),
+        max_boot_file: 1 << 30,
+        max_ram: Some(1 << 30),
+    };
     Cache::open(&dir.join("cache"), options).unwrap()
 }
 

@@ -1,6 +1,6 @@
 //! Reading a RAM blob. The file is hostile: it may come from a registry.
 
-use std::{fs::File, os::unix::fs::FileExt};
+use std::{fs::File, os::unix::fs::FileExt, sync::Arc};
 
 use crate::{
     head::{HeadDocument, SectionEntry},
@@ -12,7 +12,7 @@ use crate::{
 /// A RAM blob whose prefix and head were read and hold. Neither sections nor chunks have been looked at.
 #[derive(Debug)]
 pub struct Blob {
-    file: File,
+    file: Arc<File>,
     head: Head,
     document: HeadDocument,
 }
@@ -22,7 +22,8 @@ impl Blob {
     ///
     /// # Errors
     /// [`SnapshotError`] if this is no RAM snapshot, one of another epoch, or damaged.
-    pub fn open(file: File) -> Result<Self> {
+    pub fn open(file: impl Into<Arc<File>>) -> Result<Self> {
+        let file = file.into();
         let prefix = Prefix::read(&file)?;
         // Bounded by the prefix's own check.
         let bytes = read(&file, prefix.head_offset, prefix.head_length, "read the RAM snapshot's head")?;

@@ -141,6 +141,12 @@ impl Unpack {
         self.fail(SnapshotError::Cancelled);
     }
 
+    /// Whether something failed or the work was cancelled.
+    #[must_use]
+    pub fn is_stopped(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+
     /// Call when every thread has left [`Unpack::work`]: writes the newest blob's head and sections into `state`, an
     /// empty file. Neither file is synced.
     ///
@@ -160,7 +166,8 @@ impl Unpack {
         self.blobs.first().map_or(0, |blob| blob.head().memory)
     }
 
-    fn fail(&self, error: SnapshotError) {
+    /// Makes all threads leave [`Unpack::work`] soon; [`Unpack::finish`] then gives this error, or an earlier one.
+    pub fn fail(&self, error: SnapshotError) {
         self.stop.store(true, Ordering::Relaxed);
         let mut failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
         failed.get_or_insert(error);

@@ -20,15 +20,15 @@ use ovms_disk::layer::{self, Format};
 use rustix::net::{recvmsg, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 
 use super::{
-    jail,
-    wire::{self, Done, DoneDisk, Reply, Request},
-    Progress, Source,
+    jail, ram,
+    wire::{self, Done, DoneDisk, Reply, Request, Task, MAX_FILES},
+    Limits, Progress, Source,
 };
 
 /// Bytes between two progress lines.
 const STEP: u64 = 8 << 20;
 
-/// The descriptors of a request, in their order on the wire.
+/// The descriptors of a layer's request, in their order on the wire.
 struct Files {
     input: File,
     data: File,
@@ -69,61 +69,81 @@ fn close_inherited() -> io::Result<()> {
 
 fn serve(mut socket: &UnixStream) -> Result<(), String> {
     let (request, files) = receive(socket).map_err(|e| format!("cannot receive the request: {e}"))?;
-    jail::enter(&request.limits, request.ids)?;
-    let reply = unpack(socket, &request, files)?;
+    let mut tell = Teller { socket, last: 0 };
+    let reply = match request.task {
+        Task::Layer { source, expect, limits } => {
+            let job = LayerTask { source, expect, limits };
+            // A data file is as long as its disk, however little of it is there.
+            jail::enter(limits.disk_virtual.max(limits.layer_data), request.ids)?;
+            unpack(&job, files, &mut tell)?
+        }
+        Task::Ram { blobs, max_memory, threads } => {
+            let pool = ram::Pool::start(threads)?;
+            jail::enter(max_memory, request.ids)?;
+            ram::unpack(pool, &blobs, max_memory, files, &mut tell)
+        }
+    };
     wire::write(&mut socket, &reply).map_err(|e| format!("cannot answer: {e}"))
 }
 
-fn receive(socket: &UnixStream) -> io::Result<(Request, Files)> {
+/// A layer to unpack.
+struct LayerTask {
+    source: Source,
+    expect: Option<(String, u64)>,
+    limits: Limits,
+}
+
+fn receive(socket: &UnixStream) -> io::Result<(Request, Vec<File>)> {
     let mut line = vec![0_u8; 64 << 10];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FILES))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let got = recvmsg(socket.as_fd(), &mut [io::IoSliceMut::new(&mut line)], &mut control, RecvFlags::CMSG_CLOEXEC)?;
-    let mut files = control
+    let files = control
         .drain()
         .filter_map(|message| match message {
             RecvAncillaryMessage::ScmRights(fds) => Some(fds),
             _ => None,
         })
         .flatten()
-        .map(|fd: OwnedFd| File::from(fd));
-    let missing = || io::Error::new(io::ErrorKind::InvalidData, "a descriptor is missing");
-    let mut next = || files.next().ok_or_else(missing);
-    let files = Files { input: next()?, data: next()?, map: next()?, scratch: next()? };
+        .map(|fd: OwnedFd| File::from(fd))
+        .collect();
+    let missing = || io::Error::new(io::ErrorKind::InvalidData, "there is no request");
     // The rest of a long request, without descriptors.
     let mut reader = BufReader::new(line.get(..got.bytes).unwrap_or_default().chain(socket));
     Ok((wire::read(&mut reader)?.ok_or_else(missing)?, files))
 }
 
-fn unpack(socket: &UnixStream, request: &Request, files: Files) -> Result<Reply, String> {
-    let mut tell = Teller { socket, last: 0 };
-    match &request.source {
-        Source::Disk { format } => unpack_disk(*format, request, &files, &mut tell),
+fn unpack(task: &LayerTask, files: Vec<File>, tell: &mut Teller<'_>) -> Result<Reply, String> {
+    let mut files = files.into_iter();
+    let mut next = || files.next().ok_or("a descriptor is missing");
+    let files = Files { input: next()?, data: next()?, map: next()?, scratch: next()? };
+    match &task.source {
+        Source::Disk { format } => unpack_disk(*format, task, &files, tell),
         Source::Layer { media_type, format } => {
             let encoding = Encoding::identify(media_type, format.as_deref()).map_err(|e| chain(&e))?;
-            unpack_layer(encoding, request, files, &mut tell)
+            unpack_layer(encoding, task, files, tell)
         }
     }
 }
 
-fn unpack_layer(encoding: Encoding, request: &Request, files: Files, tell: &mut Teller<'_>) -> Result<Reply, String> {
+fn unpack_layer(encoding: Encoding, task: &LayerTask, files: Files, tell: &mut Teller<'_>) -> Result<Reply, String> {
     let Files { input, data, map, scratch } = files;
-    let input: Box<dyn Read> = match &request.expect {
+    let input: Box<dyn Read> = match &task.expect {
         None => Box::new(input),
         Some((digest, size)) => {
             let digest: Digest = digest.parse().map_err(|e: ovms_artifact::digest::DigestError| chain(&e))?;
             Box::new(VerifyingReader::new(input, digest, *size))
         }
     };
-    let limits = blob::Limits { disk: request.limits.layer_data, ratio: request.limits.layer_ratio };
+    let limits = blob::Limits { disk: task.limits.layer_data, ratio: task.limits.layer_ratio };
     let mut visit = |disk: DiskFile<'_>| -> blob::VisitResult {
         let written = match disk_format(disk.format)? {
-            Format::Raw => layer::convert_stream(disk.reader, disk.size, &data, &disk_limits(request), &mut |d, t| {
+            Format::Raw => layer::convert_stream(disk.reader, disk.size, &data, &disk_limits(task), &mut |d, t| {
                 tell.progress(d, t);
             })?,
             Format::Qcow2 => {
                 spool(disk.reader, &scratch, disk.size, tell)?;
-                convert(&scratch, Format::Qcow2, &data, request, tell)?
+                convert(&scratch, Format::Qcow2, &data, task, tell)?
             }
         };
         Ok(written.write_to(&map)?)
@@ -145,11 +165,11 @@ fn unpack_layer(encoding: Encoding, request: &Request, files: Files, tell: &mut 
     }
 }
 
-fn unpack_disk(format: DiskFormat, request: &Request, files: &Files, tell: &mut Teller<'_>) -> Result<Reply, String> {
+fn unpack_disk(format: DiskFormat, task: &LayerTask, files: &Files, tell: &mut Teller<'_>) -> Result<Reply, String> {
     let file_size = files.input.metadata().map_err(|e| chain(&e))?.len();
     let converted = disk_format(format)
         .map_err(|e| chain(&*e))
-        .and_then(|f| convert(&files.input, f, &files.data, request, tell).map_err(|e| chain(&e)))
+        .and_then(|f| convert(&files.input, f, &files.data, task, tell).map_err(|e| chain(&e)))
         .and_then(|map| map.write_to(&files.map).map_err(|e| chain(&e)));
     Ok(match converted {
         Err(why) => Reply::Refused { why },
@@ -166,10 +186,10 @@ fn convert(
     source: &File,
     format: Format,
     data: &File,
-    request: &Request,
+    task: &LayerTask,
     tell: &mut Teller<'_>,
 ) -> ovms_disk::Result<ovms_disk::LayerMap> {
-    layer::convert(source, format, data, &disk_limits(request), &mut |done, total| tell.progress(done, total))
+    layer::convert(source, format, data, &disk_limits(task), &mut |done, total| tell.progress(done, total))
 }
 
 fn disk_format(format: DiskFormat) -> Result<Format, Box<dyn std::error::Error + Send + Sync>> {
@@ -180,8 +200,8 @@ fn disk_format(format: DiskFormat) -> Result<Format, Box<dyn std::error::Error +
     }
 }
 
-fn disk_limits(request: &Request) -> layer::Limits {
-    let limits = &request.limits;
+fn disk_limits(task: &LayerTask) -> layer::Limits {
+    let limits = &task.limits;
     layer::Limits {
         max_virtual_bytes: limits.disk_virtual,
         max_data_bytes: limits.layer_data,
@@ -208,13 +228,13 @@ fn spool(from: &mut dyn Read, mut to: &File, size: Option<u64>, tell: &mut Telle
 }
 
 /// Sends progress lines, not too many. If the parent is gone, the next one ends the worker.
-struct Teller<'a> {
+pub(super) struct Teller<'a> {
     socket: &'a UnixStream,
     last: u64,
 }
 
 impl Teller<'_> {
-    fn progress(&mut self, done: u64, total: u64) {
+    pub(super) fn progress(&mut self, done: u64, total: u64) {
         if done.abs_diff(self.last) < STEP && done != total {
             return;
         }
@@ -225,7 +245,7 @@ impl Teller<'_> {
     }
 }
 
-fn chain(error: &dyn std::error::Error) -> String {
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(inner) = source {

@@ -8,11 +8,11 @@ use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule, TargetArch,
 };
 
-use super::Limits;
-
 /// Address space: the decoder's window, the largest tables of a qcow2 image and the largest map, with room to spare.
 const MAX_MEMORY: u64 = 3 << 30;
 const MAX_FILES: u64 = 16;
+/// What any file may have: a map, the state of a machine.
+const EXTRA: u64 = 64 << 20;
 
 /// Calls with any arguments: memory, positional I/O on the descriptors at hand, the socket, the end.
 const ALLOWED: &[i64] = &[
@@ -46,16 +46,16 @@ const ALLOWED: &[i64] = &[
     libc::SYS_exit_group,
 ];
 
-/// Drops everything that a parser does not need. What fails is named, and the worker must not go on.
-pub(super) fn enter(limits: &Limits, ids: Option<(u32, u32)>) -> Result<(), String> {
+/// Drops everything that a parser does not need, for all threads that there are; no more can be made. Files can become
+/// `max_file` bytes long and a little more. What fails is named, and the worker must not go on.
+pub(super) fn enter(max_file: u64, ids: Option<(u32, u32)>) -> Result<(), String> {
     let set = |resource, value: u64| {
         // Never above what the parent was given.
         let value = getrlimit(resource).maximum.map_or(value, |hard| hard.min(value));
         let limit = Rlimit { current: Some(value), maximum: Some(value) };
         setrlimit(resource, limit).map_err(|e| format!("cannot set a resource limit: {e}"))
     };
-    // A data file is as long as its disk, however little of it is there.
-    set(Resource::Fsize, limits.disk_virtual.max(limits.layer_data).saturating_add(1 << 20))?;
+    set(Resource::Fsize, max_file.saturating_add(EXTRA))?;
     set(Resource::As, MAX_MEMORY)?;
     set(Resource::Nofile, MAX_FILES)?;
     set(Resource::Core, 0)?;
@@ -69,7 +69,7 @@ pub(super) fn enter(limits: &Limits, ids: Option<(u32, u32)>) -> Result<(), Stri
     }
     rustix::thread::set_no_new_privs(true).map_err(|e| format!("cannot set no_new_privs: {e}"))?;
     let filter = filter().map_err(|e| format!("cannot build the system call filter: {e}"))?;
-    seccompiler::apply_filter(&filter).map_err(|e| format!("cannot apply the system call filter: {e}"))
+    seccompiler::apply_filter_all_threads(&filter).map_err(|e| format!("cannot apply the system call filter: {e}"))
 }
 
 fn filter() -> Result<BpfProgram, seccompiler::BackendError> {

@@ -7,12 +7,15 @@
 //!  re-reads the map, takes the  <──lines: Progress, Done | Refused──┘
 //!  reply as hostile, syncs
 //! ```
+//! RAM snapshots go the same way, on several threads ([`RamJob`]).
+//!
 //! The worker is the caller's own program started again, so a program that unpacks layers calls [`intercept`] before
 //! anything else in its `main`.
 
 mod child;
 mod jail;
 mod parent;
+mod ram;
 mod wire;
 
 use std::{ffi::OsStr, fs::File, path::Path, process::ExitCode};
@@ -21,7 +24,9 @@ use ovms_artifact::{digest::Digest, manifest::DiskFormat};
 use ovms_config::settings::LimitSettings;
 use serde::{Deserialize, Serialize};
 
+pub(crate) use child::chain;
 pub use parent::Launcher;
+pub use ram::{RamBlob, RamJob};
 
 /// The first argument that makes a program the worker.
 pub const ARG: &str = "ovms-layer-worker";

@@ -5,7 +5,7 @@ use std::{
     io::{self, BufReader, IoSlice},
     mem::MaybeUninit,
     os::{
-        fd::{AsFd, OwnedFd},
+        fd::{AsFd, BorrowedFd, OwnedFd},
         unix::{fs::OpenOptionsExt, net::UnixStream, process::ExitStatusExt},
     },
     path::{Path, PathBuf},
@@ -17,7 +17,7 @@ use ovms_disk::State;
 use rustix::net::{sendmsg, SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 
 use super::{
-    wire::{self, Done, Reply, Request},
+    wire::{self, Done, Reply, Request, Task, MAX_FILES},
     DiskFound, Job, Outcome, Progress, Unpacked, ARG,
 };
 use crate::{layer, Error, Result};
@@ -84,29 +84,52 @@ impl Launcher {
         let (data_path, map_path) = (layer::data_path(job.dir), layer::map_path(job.dir));
         let (data, map) = (create(&data_path)?, create(&map_path)?);
         let scratch = tempfile::tempfile_in(job.dir).map_err(Error::io("create a file in", job.dir))?;
+        let request = Request {
+            task: Task::Layer {
+                source: job.source,
+                expect: job.expect.map(|(digest, size)| (digest.to_string(), size)),
+                limits: job.limits,
+            },
+            ids: self.ids,
+        };
+        let mut told = |step| {
+            progress(step);
+            true
+        };
+        let files = [job.input.as_fd(), data.as_fd(), map.as_fd(), scratch.as_fd()];
+        match self.converse(&request, &files, &mut told)? {
+            Reply::Done(done) => accept(done, (&data, &data_path), (&map, &map_path)),
+            Reply::Ordinary { first } => Ok(Outcome::Ordinary { first: printable(&first) }),
+            _ => Err(failed("it answered what it was not asked".into())),
+        }
+    }
+
+    /// Starts a worker, hands it a request and waits until it is gone; returns its good answer. The worker is killed if
+    /// `progress` returns `false`.
+    pub(super) fn converse(
+        &self,
+        request: &Request,
+        files: &[BorrowedFd<'_>],
+        progress: &mut dyn FnMut(Progress) -> bool,
+    ) -> Result<Reply> {
         let (ours, theirs) = UnixStream::pair().map_err(|e| failed(format!("cannot make a socket: {e}")))?;
         let mut command = Command::new(&self.program);
         command.arg(ARG).env_clear().current_dir("/").stdin(OwnedFd::from(theirs)).stdout(Stdio::null());
         let mut child = Reaped(command.spawn().map_err(|e| failed(format!("cannot start: {e}")))?);
         drop(command);
-        let request = Request {
-            source: job.source,
-            expect: job.expect.map(|(digest, size)| (digest.to_string(), size)),
-            limits: job.limits,
-            ids: self.ids,
-        };
-        send(&ours, &request, &[&job.input, &data, &map, &scratch])
-            .map_err(|e| failed(format!("cannot send the request: {e}")))?;
-        drop((job.input, scratch));
-        let reply = listen(&ours, progress);
+        send(&ours, request, files).map_err(|e| failed(format!("cannot send the request: {e}")))?;
+        let reply = listen(&ours, progress)?;
         drop(ours);
         let status = child.0.wait().map_err(|e| failed(format!("cannot be waited for: {e}")))?;
-        match reply? {
-            Some(Reply::Done(done)) if status.success() => accept(done, (&data, &data_path), (&map, &map_path)),
-            Some(Reply::Ordinary { first }) => Ok(Outcome::Ordinary { first: printable(&first) }),
+        match reply {
             Some(Reply::Refused { why }) => Err(Error::Refused { name: String::new(), why: printable(&why) }),
+            Some(reply) if status.success() => Ok(reply),
             _ => Err(failed(format!("it ended without an answer ({})", describe(status)))),
         }
+    }
+
+    pub(super) fn ids(&self) -> Option<(u32, u32)> {
+        self.ids
     }
 }
 
@@ -121,23 +144,22 @@ impl Drop for Reaped {
     }
 }
 
-fn failed(why: String) -> Error {
+pub(super) fn failed(why: String) -> Error {
     Error::Worker { name: String::new(), why }
 }
 
-fn create(path: &Path) -> Result<File> {
+pub(super) fn create(path: &Path) -> Result<File> {
     let mut options = OpenOptions::new();
     options.read(true).write(true).create_new(true).mode(0o600);
     options.open(path).map_err(Error::io("create", path))
 }
 
-fn send(socket: &UnixStream, request: &Request, files: &[&File; 4]) -> io::Result<()> {
+fn send(socket: &UnixStream, request: &Request, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
     let mut line = Vec::new();
     wire::write(&mut line, request)?;
-    let fds = files.map(|f| f.as_fd());
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FILES))];
     let mut control = SendAncillaryBuffer::new(&mut space);
-    if !control.push(SendAncillaryMessage::ScmRights(&fds)) {
+    if !control.push(SendAncillaryMessage::ScmRights(fds)) {
         return Err(io::ErrorKind::OutOfMemory.into());
     }
     let sent = sendmsg(socket.as_fd(), &[IoSlice::new(&line)], &mut control, SendFlags::NOSIGNAL)?;
@@ -145,11 +167,12 @@ fn send(socket: &UnixStream, request: &Request, files: &[&File; 4]) -> io::Resul
 }
 
 /// Reads replies until the last one; `None` if the worker ended without.
-fn listen(socket: &UnixStream, progress: &mut dyn FnMut(Progress)) -> Result<Option<Reply>> {
+fn listen(socket: &UnixStream, progress: &mut dyn FnMut(Progress) -> bool) -> Result<Option<Reply>> {
     let mut reader = BufReader::new(socket);
     loop {
         match wire::read(&mut reader) {
-            Ok(Some(Reply::Progress(step))) => progress(step),
+            Ok(Some(Reply::Progress(step))) if progress(step) => {}
+            Ok(Some(Reply::Progress(_))) => return Err(Error::Cancelled),
             Ok(last) => return Ok(last),
             // A reset is what a killed worker leaves.
             Err(e) if e.kind() == io::ErrorKind::ConnectionReset => return Ok(None),

@@ -10,15 +10,41 @@ use super::{Limits, Progress, Source};
 /// The longest line, in bytes: a descriptor of 4 MiB, escaped.
 const MAX_LINE: u64 = 32 << 20;
 
-/// Parent → worker, beside the descriptors input, data, map, scratch.
+/// The most descriptors beside a request: the memory, the state and the longest chain of blobs.
+pub(super) const MAX_FILES: usize = 2 + ovms_state::MAX_CHAIN;
+
+/// Parent → worker.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Request {
-    pub source: Source,
-    /// Digest and size of the blob.
-    pub expect: Option<(String, u64)>,
-    pub limits: Limits,
+    pub task: Task,
     /// User and group id to become; `None`: stay.
     pub ids: Option<(u32, u32)>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Task {
+    /// Beside it the descriptors input, data, map, scratch.
+    Layer {
+        source: Source,
+        /// Digest and size of the blob.
+        expect: Option<(String, u64)>,
+        limits: Limits,
+    },
+    /// Beside it the descriptors memory, state, then the blobs in the order of `blobs`, newest first.
+    Ram {
+        blobs: Vec<RamBlobTask>,
+        /// The most bytes of memory.
+        max_memory: u64,
+        threads: usize,
+    },
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct RamBlobTask {
+    pub digest: String,
+    /// Whether the file is yet to be compared with the digest.
+    pub verify: bool,
 }
 
 /// Worker → parent.
@@ -27,8 +53,14 @@ pub(super) struct Request {
 pub(super) enum Reply {
     Progress(Progress),
     Done(Done),
-    Ordinary { first: String },
-    Refused { why: String },
+    /// A RAM snapshot is unpacked.
+    Ram,
+    Ordinary {
+        first: String,
+    },
+    Refused {
+        why: String,
+    },
 }
 
 #[derive(Debug, Serialize, Deserialize)]
