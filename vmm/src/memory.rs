@@ -14,6 +14,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::ptr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 
 use ovms_devices::virtio::MemoryDiscard;
@@ -26,6 +27,7 @@ use crate::layout;
 
 /// Size of a huge page; ranges are aligned to it in the host so that they can be backed by huge pages.
 const HUGE_PAGE: usize = 2 << 20;
+const PAGE: u64 = 4096;
 /// As MADV_DONTNEED, of locked memory (include/uapi/asm-generic/mman-common.h).
 const MADV_DONTNEED_LOCKED: libc::c_int = 24;
 
@@ -75,6 +77,7 @@ pub enum MemoryError {
 pub struct Ram {
     memory: Arc<GuestMemory>,
     size: u64,
+    keep_discarded: Arc<AtomicBool>,
 }
 
 impl Ram {
@@ -133,7 +136,7 @@ impl Ram {
             regions.push(GuestRegionMmap::new(region, GuestAddress(start)).ok_or(MemoryError::Layout(size))?);
         }
         let memory = GuestMemory::from_regions(regions).map_err(|_| MemoryError::Layout(size))?;
-        Ok(Self { memory: Arc::new(memory), size })
+        Ok(Self { memory: Arc::new(memory), size, keep_discarded: Arc::default() })
     }
 
     /// The memory as devices see it.
@@ -144,6 +147,44 @@ impl Ram {
     /// Size in bytes.
     pub fn size(&self) -> u64 {
         self.size
+    }
+
+    /// Whether to keep what the guest gives back: a snapshot that is being taken may still have to copy it.
+    pub fn keep_discarded(&self, keep: bool) {
+        self.keep_discarded.store(keep, Ordering::SeqCst);
+    }
+
+    /// The ranges of pages: the first one's number in the memory without the hole, its number in this process's address
+    /// space, how many there are.
+    pub fn host_pages(&self) -> Vec<(u64, u64, u64)> {
+        let mut first = 0u64;
+        let ranges = self.memory.iter().map(|region| {
+            let pages = region.len() / PAGE;
+            let range = (first, region.as_ptr() as u64 / PAGE, pages);
+            first = first.saturating_add(pages);
+            range
+        });
+        ranges.collect()
+    }
+
+    /// Maps `len` bytes from `offset` of the memory without the hole on, and reads what is missing of its file. Both are
+    /// multiples of the page size; what lies beyond memory is left out. Only advice: what fails is read when it is
+    /// touched.
+    pub fn read_ahead(&self, offset: u64, len: u64) {
+        let mut begin = 0u64;
+        for region in self.memory.iter() {
+            let end = begin.saturating_add(region.len());
+            let (from, to) = (offset.max(begin), offset.saturating_add(len).min(end));
+            if from < to {
+                // SAFETY: the range lies inside the region, whose mapping lives as long as the process; mapping pages of it
+                // changes nothing that it holds.
+                unsafe {
+                    let start = region.as_ptr().add((from - begin) as usize);
+                    libc::madvise(start.cast(), (to - from) as usize, libc::MADV_POPULATE_READ);
+                }
+            }
+            begin = end;
+        }
     }
 
     /// End of the RAM below 4 GiB.
@@ -160,6 +201,9 @@ impl Ram {
 
 impl MemoryDiscard for Ram {
     fn discard(&self, address: u64, len: u64) {
+        if self.keep_discarded.load(Ordering::SeqCst) {
+            return;
+        }
         for region in self.memory.iter() {
             let (start, end) = (region.start_addr().0, region.start_addr().0.saturating_add(region.len()));
             let (from, to) = (address.max(start), address.saturating_add(len).min(end));
@@ -255,6 +299,7 @@ fn lock_on_fault(start: *mut u8, length: usize) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::FileExt;
     use vm_memory::Bytes;
 
     #[test]
@@ -273,6 +318,43 @@ mod tests {
         }
         assert!(ram.memory().read_obj::<u64>(GuestAddress(3 << 30)).is_err());
         assert!(ram.memory().iter().all(|region| (region.as_ptr() as usize).is_multiple_of(HUGE_PAGE)));
+    }
+
+    /// A sparse file of `size` bytes with a word at some offsets.
+    fn memory_file(size: u64, words: &[(u64, u64)]) -> File {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(size).unwrap();
+        for (offset, word) in words {
+            file.write_all_at(&word.to_le_bytes(), *offset).unwrap();
+        }
+        file
+    }
+
+    #[test]
+    fn restore_shows_the_file_on_both_sides_of_the_hole_and_never_writes_it() {
+        let size = (3 << 30) + (4 << 20);
+        let file = memory_file(size, &[(8, 1), ((3 << 30) - 8, 2), (3 << 30, 3), (size - 8, 4)]);
+        let ram = Ram::restore(&file, size, false).unwrap();
+        let places = [8, (3 << 30) - 8, 4 << 30, (4 << 30) + (4 << 20) - 8];
+        assert_eq!(places.map(|at| ram.memory().read_obj::<u64>(GuestAddress(at)).unwrap()), [1, 2, 3, 4]);
+        for at in places {
+            ram.memory().write_obj(9u64, GuestAddress(at)).unwrap();
+        }
+        let mut word = [0; 8];
+        file.read_exact_at(&mut word, size - 8).unwrap();
+        assert_eq!(word, 4u64.to_le_bytes());
+        ram.discard(0, 4096);
+        assert_eq!(ram.memory().read_obj::<u64>(GuestAddress(8)).unwrap(), 1, "the file's own again");
+    }
+
+    #[test]
+    fn restore_of_a_file_of_another_size_returns_file() {
+        for found in [0, 32 << 20, (64 << 20) - 1, (64 << 20) + 4096] {
+            let restored = Ram::restore(&memory_file(found, &[]), 64 << 20, false);
+            assert!(matches!(restored, Err(MemoryError::File { found: f, .. }) if f == found), "{found}");
+        }
+        let null = File::open("/dev/null").unwrap();
+        assert!(matches!(Ram::restore(&null, 64 << 20, false), Err(MemoryError::File { found: 0, .. })));
     }
 
     #[test]

@@ -12,7 +12,6 @@
 //! machine that must not run: the process ends.
 
 use std::fs::File;
-use std::io;
 use std::sync::Arc;
 
 use kvm_bindings::{kvm_cpuid_entry2, CpuId, KVM_MAX_CPUID_ENTRIES};
@@ -28,7 +27,7 @@ use vm_memory::GuestMemoryError;
 use crate::clock::{self, Clock};
 use crate::kvm::{failed, KvmError, Vm};
 use crate::memory::Ram;
-use crate::vcpu::state::VcpuPart;
+use crate::vcpu::state::{MsrError, VcpuError, VcpuPart};
 use crate::vcpu::Vcpu;
 use crate::wiring::parts::{PartError, Sections};
 use crate::wiring::{Devices, InputOwner};
@@ -93,9 +92,22 @@ pub enum RestoreError {
     /// The generation id has no place.
     #[error("the VM generation id cannot be written to guest memory")]
     GenerationId(#[source] GuestMemoryError),
-    /// No thread.
-    #[error("the working set's thread cannot be started")]
-    Thread(#[source] io::Error),
+    /// A processor of the snapshot has what this host's do not.
+    #[error("this host cannot go on with processor {index} of the RAM snapshot")]
+    Processor {
+        /// Which.
+        index: u8,
+        /// What it lacks.
+        #[source]
+        source: MsrError,
+    },
+}
+
+impl RestoreError {
+    /// The snapshot may well be sound, but it is not for this host or this configuration.
+    pub fn is_incompatible(&self) -> bool {
+        matches!(self, Self::Incompatible(_) | Self::Size { .. } | Self::Processor { .. })
+    }
 }
 
 #[derive(Serialize, Deserialize)]
@@ -239,7 +251,11 @@ impl Saved {
         for vcpu in vcpus {
             self.set_rate(vcpu)?;
             let part = VcpuPart::new(vcpu.clone(), Arc::clone(&known)).ahead(ticks);
-            sections.restore(&part.kind(), &part)?;
+            let kind = part.kind();
+            part.apply(sections.take(&kind)?).map_err(|err| match err {
+                VcpuError::Msr(source) => RestoreError::Processor { index: vcpu.index(), source },
+                VcpuError::State(source) => PartError::Part { kind, source }.into(),
+            })?;
         }
         sections.finish()?;
         clock.set(vm, away)?;

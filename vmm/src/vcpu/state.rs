@@ -13,6 +13,7 @@ use kvm_bindings::{
 use kvm_ioctls::VcpuFd;
 use ovms_state::{Persist, Section, StateError};
 use serde::{Deserialize, Serialize};
+use thiserror::Error;
 
 use super::Vcpu;
 
@@ -20,6 +21,8 @@ const KIND: &str = "vcpu";
 const VERSION: u32 = 1;
 /// Most MSRs in one call: the kernel refuses more (`MAX_IO_MSRS` of arch/x86/kvm/x86.c is 256).
 const MSR_BATCH: usize = 200;
+/// Most MSRs that a processor saves: several times what KVM has.
+const MAX_MSRS: usize = 4096;
 const MSR_TSC: u32 = 0x10;
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
 
@@ -68,6 +71,28 @@ fn failed(call: &'static str) -> impl FnOnce(vmm_sys_util::errno::Error) -> Stat
     move |err| StateError::Invalid { kind: KIND, what: format!("{call}: {err}") }
 }
 
+/// An MSR that cannot be given its saved value.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum MsrError {
+    /// KVM does not know it.
+    #[error("MSR {0:#x}: found none, needed")]
+    Unknown(u32),
+    /// KVM refuses the value.
+    #[error("MSR {0:#x}: the value {1:#x} is needed and cannot be set")]
+    Value(u32, u64),
+}
+
+/// Why a processor cannot be restored.
+#[derive(Debug, Error)]
+pub enum VcpuError {
+    /// It has what this host does not.
+    #[error("the processor does not fit this host")]
+    Msr(#[from] MsrError),
+    /// Its section is damaged, or KVM refuses it.
+    #[error("the processor's state cannot be set")]
+    State(#[from] StateError),
+}
+
 /// The section's kind is `vcpu/` and the processor's number.
 impl Persist for VcpuPart {
     fn save(&self) -> Result<Section, StateError> {
@@ -87,22 +112,26 @@ impl Persist for VcpuPart {
         Ok(Section { kind: self.kind(), ..section })
     }
 
-    /// KVM checks what registers may hold; which MSRs may be set is checked here. The processor's CPUID must be set
-    /// already, as it is after the machine was built.
     fn restore(&self, section: &Section) -> Result<(), StateError> {
+        self.apply(section).map_err(|err| match err {
+            VcpuError::State(err) => err,
+            VcpuError::Msr(err) => StateError::Invalid { kind: KIND, what: err.to_string() },
+        })
+    }
+}
+
+impl VcpuPart {
+    /// As [`Persist::restore`]. KVM checks what registers may hold; which MSRs may be set is checked here. The processor's
+    /// CPUID must be set already, as it is after the machine was built.
+    ///
+    /// # Errors
+    /// [`VcpuError`].
+    pub fn apply(&self, section: &Section) -> Result<(), VcpuError> {
         if section.kind != self.kind() {
-            return Err(StateError::WrongKind { expected: KIND, found: section.kind.clone() });
+            return Err(StateError::WrongKind { expected: KIND, found: section.kind.clone() }.into());
         }
         let state: VcpuV1 = Section { kind: KIND.into(), ..section.clone() }.decode(KIND, VERSION)?;
-        if let Some((index, _)) = state.msrs.iter().find(|(index, _)| !self.known_msrs.contains(index)) {
-            return Err(StateError::Invalid {
-                kind: KIND,
-                what: format!("MSR {index:#x} that this host does not have"),
-            });
-        }
-        if state.msrs.len() > self.known_msrs.len() {
-            return Err(StateError::Invalid { kind: KIND, what: format!("{} MSRs", state.msrs.len()) });
-        }
+        let msrs = self.check_msrs(state.msrs)?;
         let fd = self.vcpu.lock();
         fd.set_mp_state(state.mp_state).map_err(failed("KVM_SET_MP_STATE"))?;
         fd.set_regs(&state.regs).map_err(failed("KVM_SET_REGS"))?;
@@ -113,14 +142,28 @@ impl Persist for VcpuPart {
         fd.set_xcrs(&state.xcrs).map_err(failed("KVM_SET_XCRS"))?;
         fd.set_debug_regs(&state.debug).map_err(failed("KVM_SET_DEBUGREGS"))?;
         fd.set_lapic(&state.apic).map_err(failed("KVM_SET_LAPIC"))?;
-        let mut msrs = state.msrs;
-        for (_, tsc) in msrs.iter_mut().filter(|(index, _)| *index == MSR_TSC) {
-            *tsc = tsc.wrapping_add(self.ahead);
-        }
         let (deadline, others): (Vec<_>, Vec<_>) = msrs.into_iter().partition(|(index, _)| *index == MSR_TSC_DEADLINE);
         write_msrs(&fd, &others)?;
         write_msrs(&fd, &deadline)?;
-        fd.set_vcpu_events(&state.events).map_err(failed("KVM_SET_VCPU_EVENTS"))
+        fd.set_vcpu_events(&state.events).map_err(failed("KVM_SET_VCPU_EVENTS"))?;
+        Ok(())
+    }
+
+    /// Only what this host's KVM lists as a guest's may be set. One that it does not know is left out if it holds nothing.
+    fn check_msrs(&self, saved: Vec<(u32, u64)>) -> Result<Vec<(u32, u64)>, VcpuError> {
+        if saved.len() > MAX_MSRS {
+            return Err(StateError::Invalid { kind: KIND, what: format!("{} MSRs", saved.len()) }.into());
+        }
+        let mut msrs = Vec::with_capacity(saved.len());
+        for (index, value) in saved {
+            match (self.known_msrs.contains(&index), value) {
+                (true, _) if index == MSR_TSC => msrs.push((index, value.wrapping_add(self.ahead))),
+                (true, _) => msrs.push((index, value)),
+                (false, 0) => {}
+                (false, _) => return Err(MsrError::Unknown(index).into()),
+            }
+        }
+        Ok(msrs)
     }
 }
 
@@ -141,7 +184,7 @@ fn read_msrs(fd: &VcpuFd, indices: &[u32]) -> Result<Vec<(u32, u64)>, StateError
     Ok(values)
 }
 
-fn write_msrs(fd: &VcpuFd, values: &[(u32, u64)]) -> Result<(), StateError> {
+fn write_msrs(fd: &VcpuFd, values: &[(u32, u64)]) -> Result<(), VcpuError> {
     let mut rest = values;
     while !rest.is_empty() {
         let batch = rest.get(..MSR_BATCH).unwrap_or(rest);
@@ -154,10 +197,7 @@ fn write_msrs(fd: &VcpuFd, values: &[(u32, u64)]) -> Result<(), StateError> {
             None => count,
             // Some can be read but not written, unless they hold what they have after power-on.
             Some((_, 0)) => count + 1,
-            Some((index, value)) => {
-                let what = format!("MSR {index:#x} cannot be set to {value:#x}");
-                return Err(StateError::Invalid { kind: KIND, what });
-            }
+            Some((index, value)) => return Err(MsrError::Value(*index, *value).into()),
         };
         rest = rest.get(taken..).unwrap_or_default();
     }
