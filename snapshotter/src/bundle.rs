@@ -10,7 +10,7 @@ use tokio::task::JoinSet;
 
 use crate::daemon::Daemon;
 use crate::error::{Context, Error, Kind, Result};
-use crate::machine;
+use crate::machine::{self, Wish};
 
 /// Serves the socket until `stopping`, then lets the requests under way end.
 pub async fn serve(listener: UnixListener, daemon: Arc<Daemon>, mut stopping: watch::Receiver<bool>) {
@@ -84,11 +84,10 @@ async fn resolve(daemon: &Arc<Daemon>, line: &str, tell: &(dyn Fn(String) + Send
     let request = serde_json::from_str(line)
         .map_err(|err| Error::invalid("the request is none of the bundle service").because(err))?;
     let ToSnapshotter::Resolve { namespace, container, source, checkpoint } = request;
-    if checkpoint.is_some() {
-        return Err(Error::invalid("a machine cannot be started from a checkpoint yet"));
-    }
     let started = std::time::Instant::now();
-    let resolved = machine::resolve(daemon, &namespace, &container, &source, tell).await?;
+    let (source, checkpoint) = (source.as_path(), checkpoint.as_deref());
+    let wish = Wish { namespace: &namespace, container: &container, source, checkpoint };
+    let resolved = machine::resolve(daemon, wish, tell).await?;
     tracing::info!(namespace, container, bundle = %resolved.bundle.display(), took = ?started.elapsed(), "machine resolved");
     Ok(FromSnapshotter::Resolved { bundle: resolved.bundle, args: resolved.args })
 }

@@ -9,6 +9,7 @@ use crate::containerd::Containerd;
 use crate::error::{Context, Error, Result};
 use crate::keyed::Keyed;
 use crate::layout::{self, Layout};
+use crate::machine::ram::{self, locked::LockedFiles, preload::Preloads};
 use crate::mounts::OverlayOptions;
 use crate::progress::Conversions;
 use crate::store::{Chain, Content, Kind, NewSnapshot, Record, Store, Usage};
@@ -31,6 +32,10 @@ pub struct Daemon {
     pub keyed: Keyed,
     /// How far conversions are.
     pub progress: Conversions,
+    /// RAM on tmpfs.
+    pub preloads: Preloads,
+    /// RAM that is locked in memory.
+    pub locked: LockedFiles,
 }
 
 impl Daemon {
@@ -39,6 +44,7 @@ impl Daemon {
         let layout = Layout::open(root)?;
         let store = Store::open(&layout.store())?;
         let containerd = Containerd::new(&settings.paths.containerd_socket)?;
+        let preloads = Preloads::open(&settings.paths.runtime, layout.root())?;
         let daemon = Self {
             layout,
             store,
@@ -47,6 +53,8 @@ impl Daemon {
             settings,
             keyed: Keyed::default(),
             progress: Conversions::default(),
+            preloads,
+            locked: LockedFiles::default(),
         };
         daemon.cleanup()?;
         Ok(Arc::new(daemon))
@@ -88,10 +96,20 @@ impl Daemon {
     pub fn remove(&self, key: &str) -> Result<std::path::PathBuf> {
         let record = self.store.remove(key)?;
         tracing::debug!(key, number = record.number, "snapshot removed");
+        self.unlock()?;
         self.layout.detach_snapshot(record.number)
     }
 
-    /// Removes directories and blobs that the store does not know, and nothing else.
+    /// Unlocks RAM that no container needs locked any more.
+    pub fn unlock(&self) -> Result<()> {
+        if !self.locked.is_empty() {
+            let held = self.store.held()?;
+            self.locked.retain(|key| held.contains(key));
+        }
+        Ok(())
+    }
+
+    /// Removes directories, blobs and RAM that the store does not know, and nothing else.
     pub fn cleanup(&self) -> Result<()> {
         let mut gone = Vec::new();
         self.store.with_known(|known, needed| {
@@ -104,11 +122,18 @@ impl Daemon {
             }
             for name in names(&self.layout.blobs())? {
                 if !needed(&format!("sha256:{name}")) {
-                    gone.push(self.layout.blobs().join(name));
+                    gone.push(self.layout.detach(&self.layout.blobs().join(&name), &format!("blob-{name}"))?);
                 }
             }
+            for name in names(&self.layout.ram())? {
+                if !name.starts_with('.') && !needed(&ram::key(&name)) {
+                    gone.push(self.layout.detach(&self.layout.ram().join(&name), &format!("ram-{name}"))?);
+                }
+            }
+            gone.extend(self.preloads.detach(|hex| needed(&ram::key(hex)))?);
             Ok(())
         })?;
+        self.unlock()?;
         for path in gone {
             layout::remove(&path).context(|| format!("cannot remove {}", path.display()))?;
             tracing::info!(path = %path.display(), "removed what no snapshot needs");
@@ -145,7 +170,8 @@ impl Daemon {
     }
 }
 
-fn names(dir: &Path) -> Result<Vec<String>> {
+/// The names in a directory.
+pub fn names(dir: &Path) -> Result<Vec<String>> {
     let failed = || format!("cannot list {}", dir.display());
     let entries = std::fs::read_dir(dir).context(failed)?;
     entries.map(|entry| Ok(entry.context(failed)?.file_name().to_string_lossy().into_owned())).collect()

@@ -10,6 +10,7 @@
 //!     layer/       a machine's layer in block-stack form (crate::machine)
 //!     top/         a machine's writable disk, made when it is first resolved, and what was frozen of it
 //!   blobs/<hex>    copies of kernels and initial RAM disks
+//!   ram/<hex>/     RAM snapshots in unpacked form (crate::machine::ram)
 //!   tmp/           what is being made; emptied at start
 //! ```
 //! Snapshot directories have short names, since an overlay's mount options name one for each layer and must fit one
@@ -19,6 +20,7 @@ use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::error::{Context, Error, Result};
@@ -54,12 +56,19 @@ impl Layout {
             Error::precondition(format!("another snapshotter uses {}: stop it or give --root", root.display()))
                 .because(source)
         })?;
-        for dir in ["s", "blobs", "tmp"] {
+        for dir in ["s", "blobs", "ram", "tmp"] {
             make_dir(&root.join(dir), 0o700, true).context(failed)?;
         }
         let layout = Self { root, _lock: lock };
         for entry in fs::read_dir(layout.tmp()).context(failed)? {
             remove(&entry.context(failed)?.path()).context(failed)?;
+        }
+        // RAM is made beside its place, under a name that begins with a dot.
+        for entry in fs::read_dir(layout.ram()).context(failed)? {
+            let entry = entry.context(failed)?;
+            if entry.file_name().as_encoded_bytes().starts_with(b".") {
+                remove(&entry.path()).context(failed)?;
+            }
         }
         Ok(layout)
     }
@@ -77,6 +86,16 @@ impl Layout {
     /// Directory of all blobs.
     pub fn blobs(&self) -> PathBuf {
         self.root.join("blobs")
+    }
+
+    /// Directory of all unpacked RAM snapshots.
+    pub fn ram(&self) -> PathBuf {
+        self.root.join("ram")
+    }
+
+    /// The root itself.
+    pub fn root(&self) -> &Path {
+        &self.root
     }
 
     /// Directory of all snapshots.
@@ -127,10 +146,17 @@ impl Layout {
 
     /// Takes a snapshot's directory away at once; its bytes go when the returned path is removed.
     pub fn detach_snapshot(&self, number: u64) -> Result<PathBuf> {
-        let gone = self.tmp().join(format!("gone-{number}"));
-        match fs::rename(self.snapshot(number), &gone) {
+        self.detach(&self.snapshot(number), &number.to_string())
+    }
+
+    /// Takes away a file or directory below the root at once, by a name of its own among what goes.
+    pub fn detach(&self, path: &Path, name: &str) -> Result<PathBuf> {
+        static COUNT: AtomicU64 = AtomicU64::new(0);
+        // What was taken away under this name before may still be on its way out.
+        let gone = self.tmp().join(format!("gone-{name}-{}", COUNT.fetch_add(1, Ordering::Relaxed)));
+        match fs::rename(path, &gone) {
             Err(err) if err.kind() != io::ErrorKind::NotFound => {
-                Err(err).context(|| format!("cannot remove the directory of snapshot {number}"))
+                Err(err).context(|| format!("cannot remove {}", path.display()))
             }
             _ => Ok(gone),
         }

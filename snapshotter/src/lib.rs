@@ -8,7 +8,7 @@
 //! ```
 //! One thread runs the services; whatever may block runs on others. A snapshot is either ordinary (files, mounted by
 //! overlay) or belongs to a machine (disk layers in block-stack form, mounted by a bind that only the shim looks behind).
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 mod bundle;
 mod containerd;
@@ -26,6 +26,8 @@ mod progress;
 pub mod proto;
 mod snapshots;
 mod store;
+#[allow(unsafe_code, reason = "a mapping that is locked in memory")]
+mod sys;
 mod untar;
 mod upload;
 mod usage;
@@ -127,6 +129,7 @@ fn run(args: Args) -> Result<()> {
     }
     // What the daemon makes is its own; whatever others may see gets its mode by name.
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
+    machine::ram::locked::raise_limit();
     let sockets = Sockets::open(&settings.paths.snapshotter_socket, &settings.paths.bundle_socket)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

@@ -92,7 +92,13 @@ impl Snapshots for SnapshotsService {
         if record.content == Content::Machine(Layer::Unpacked) {
             // Whoever needs the layer waits for it; what goes wrong is recorded with the snapshot.
             let daemon = Arc::clone(&self.0);
-            tokio::spawn(async move { machine::finish(&daemon, record.number, &|_| ()).await });
+            tokio::spawn(async move {
+                if machine::finish(&daemon, record.number, &|_| ()).await.is_ok() {
+                    machine::ram::ahead(daemon, record.number).await;
+                }
+            });
+        } else if record.content == Content::Machine(Layer::Ready) {
+            tokio::spawn(machine::ram::ahead(Arc::clone(&self.0), record.number));
         }
         Ok(Response::new(()))
     }

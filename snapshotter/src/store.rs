@@ -10,7 +10,7 @@
 //! which names its directory ([`crate::layout`]); numbers are never used twice, so a directory left behind by a crash
 //! can never be taken for a later snapshot's. Every call is one short transaction; callers are on a blocking thread.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -25,7 +25,8 @@ const SNAPSHOTS: TableDefinition<&str, &[u8]> = TableDefinition::new("snapshots"
 const NUMBERS: TableDefinition<u64, &str> = TableDefinition::new("numbers");
 /// (number of the parent, number of the child).
 const CHILDREN: TableDefinition<(u64, u64), ()> = TableDefinition::new("children");
-/// (digest of a blob, number of a snapshot that needs it).
+/// (what is needed, number of a snapshot that needs it). A blob is named by its digest, everything else by a prefix of its
+/// own and the digest (`crate::machine::ram`).
 const BLOBS: TableDefinition<(&str, u64), ()> = TableDefinition::new("blobs");
 /// Counters by name.
 const COUNTERS: TableDefinition<&str, u64> = TableDefinition::new("counters");
@@ -295,6 +296,21 @@ impl Store {
             }
             Ok(())
         })
+    }
+
+    /// Records that a snapshot needs these blobs no longer.
+    pub fn let_go(&self, digests: &[String], number: u64) -> Result<()> {
+        self.write(|tables| {
+            for digest in digests {
+                tables.blobs.remove((digest.as_str(), number))?;
+            }
+            Ok(())
+        })
+    }
+
+    /// The names of all blobs that snapshots need.
+    pub fn held(&self) -> Result<BTreeSet<String>> {
+        self.read(|tables| tables.blobs.iter()?.map(|entry| Ok(entry?.0.value().0.to_owned())).collect())
     }
 
     /// One snapshot.

@@ -1,142 +1,24 @@
 //! The daemon as a process: layers that another differ wrote, kills at any moment, socket activation. Neither root nor
 //! containerd is needed: the images here boot their disks, so nothing is read from a content store.
 
+mod common;
+
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::BufReader;
-use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
-use ovms_proto::bundle::{read_line, write_line, FromSnapshotter, RefusalKind, ToSnapshotter};
+use ovms_proto::bundle::{FromSnapshotter, RefusalKind};
 use ovms_snapshotter::proto::snapshots::snapshots_client::SnapshotsClient;
 use ovms_snapshotter::proto::snapshots::{
     CleanupRequest, CommitSnapshotRequest, ListSnapshotsRequest, PrepareSnapshotRequest, RemoveSnapshotRequest,
     UsageRequest,
 };
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 use tonic::Code;
 
-/// How long anything may take.
-const PATIENCE: Duration = Duration::from_secs(30);
-
-/// A daemon below a directory of its own.
-struct Daemon {
-    dir: PathBuf,
-    child: Child,
-}
-
-impl Daemon {
-    fn start(dir: &Path) -> Self {
-        // What a killed daemon left may still take connections for a moment, and must not be taken for the new one.
-        for socket in ["s.sock", "b.sock"] {
-            let _none_yet = fs::remove_file(dir.join(socket));
-        }
-        let mut command = Command::new(env!("CARGO_BIN_EXE_ovms-snapshotter"));
-        command.arg("--root").arg(dir.join("root")).arg("--address").arg(dir.join("s.sock"));
-        command.arg("--bundle-address").arg(dir.join("b.sock")).arg("--containerd-address").arg(dir.join("none.sock"));
-        let child = command.env("OVMS_CONFIG", empty_settings(dir)).spawn().unwrap();
-        let daemon = Self { dir: dir.to_owned(), child };
-        wait_for("the bundle socket", || UnixStream::connect(dir.join("b.sock")).is_ok());
-        daemon
-    }
-
-    async fn client(&self) -> SnapshotsClient<Channel> {
-        let endpoint = Endpoint::from_shared(format!("unix://{}", self.dir.join("s.sock").display())).unwrap();
-        SnapshotsClient::new(endpoint.connect().await.unwrap())
-    }
-
-    fn kill(mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
-    }
-
-    /// Asks the bundle service and returns the steps it told of and its last word.
-    fn resolve(&self, source: &str) -> (Vec<String>, FromSnapshotter) {
-        let mut stream = UnixStream::connect(self.dir.join("b.sock")).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        let request = ToSnapshotter::Resolve {
-            namespace: "default".into(),
-            container: "vm".into(),
-            source: source.into(),
-            checkpoint: None,
-        };
-        write_line(&mut stream, &request).unwrap();
-        let mut answers = BufReader::new(stream);
-        let mut steps = Vec::new();
-        loop {
-            match read_line(&mut answers).unwrap().expect("an answer") {
-                FromSnapshotter::Progress(step) => steps.push(step),
-                last => return (steps, last),
-            }
-        }
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        let _gone_already = self.child.kill();
-        let _reaped_already = self.child.wait();
-    }
-}
-
-fn empty_settings(dir: &Path) -> PathBuf {
-    let path = dir.join("ovms.toml");
-    fs::write(&path, "").unwrap();
-    path
-}
-
-fn wait_for(what: &str, ready: impl Fn() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !ready() {
-        assert!(Instant::now() < deadline, "{what} did not come");
-        std::thread::sleep(Duration::from_millis(5));
-    }
-}
-
-async fn prepare(client: &mut SnapshotsClient<Channel>, key: &str, parent: &str) -> String {
-    let request = PrepareSnapshotRequest { key: key.into(), parent: parent.into(), ..Default::default() };
-    let mounts = client.prepare(request).await.unwrap().into_inner().mounts;
-    mounts[0].source.clone()
-}
-
-async fn commit(client: &mut SnapshotsClient<Channel>, name: &str, key: &str) {
-    let request = CommitSnapshotRequest { name: name.into(), key: key.into(), ..Default::default() };
-    client.commit(request).await.unwrap();
-}
-
-/// A raw disk that begins with `text`, and a descriptor of a machine with `disks` of them.
-fn write_layer(fs: &str, text: &str, disks: usize) {
-    let ovm = Path::new(fs).join("ovm");
-    fs::create_dir(&ovm).unwrap();
-    let mut disk = text.as_bytes().to_vec();
-    disk.resize(1 << 20, 0);
-    fs::write(ovm.join("disk.raw"), disk).unwrap();
-    let digest = format!("sha256:{}", "0".repeat(64));
-    let layers = vec![format!(r#"{{"ref":"{digest}","format":"raw"}}"#); disks].join(",");
-    let manifest = format!(
-        r#"{{"schemaVersion":1,"mediaType":"application/vnd.ovms.manifest.v1+json","name":"test","version":"1","diskLayers":[{layers}]}}"#
-    );
-    fs::write(ovm.join("manifest.json"), manifest).unwrap();
-}
-
-/// An image of two layers as the walking differ leaves it.
-async fn walked_image(client: &mut SnapshotsClient<Channel>) {
-    let fs = prepare(client, "default/1/extract-a", "").await;
-    write_layer(&fs, "base", 1);
-    commit(client, "default/2/base", "default/1/extract-a").await;
-    let fs = prepare(client, "default/3/extract-b", "default/2/base").await;
-    write_layer(&fs, "diff", 2);
-    commit(client, "default/4/diff", "default/3/extract-b").await;
-}
-
-fn record(last: FromSnapshotter) -> ovms_bundle::Record {
-    match last {
-        FromSnapshotter::Resolved { bundle, args: None } => ovms_bundle::Record::load(&bundle).unwrap(),
-        other => panic!("not resolved: {other:?}"),
-    }
-}
+use common::{commit, prepare, record, settings, wait_for, walked_image, write_layer, Daemon};
 
 fn assert_machine(record: &ovms_bundle::Record) {
     let disk = record.disk.as_ref().unwrap();
@@ -329,7 +211,7 @@ async fn sockets_that_are_passed_are_served() {
     let listen = |name: &str| format!("--listen={}", dir.path().join(name).display());
     let child = Command::new("systemd-socket-activate")
         .args([listen("s.sock"), listen("b.sock"), "--fdname=ovms:bundle".into()])
-        .arg(format!("--setenv=OVMS_CONFIG={}", empty_settings(dir.path()).display()))
+        .arg(format!("--setenv=OVMS_CONFIG={}", settings(dir.path(), "").display()))
         .arg(env!("CARGO_BIN_EXE_ovms-snapshotter"))
         .arg("--root")
         .arg(dir.path().join("root"))

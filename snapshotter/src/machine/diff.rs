@@ -41,7 +41,7 @@ pub async fn diff(daemon: &Arc<Daemon>, scope: &Scope, request: DiffRequest, cha
     })?;
     // A container's key is its id: what was never started is made ready now.
     let container = chain.key.rsplit('/').next().unwrap_or_default().to_owned();
-    let prepared = prepare(daemon, scope, &container, chain, &|_| ()).await?;
+    let prepared = prepare(daemon, scope, &container, chain).await?;
     let reference = match request.r#ref.as_str() {
         "" => format!("ovms-diff-{}-{}", chain.record.number, std::process::id()),
         given => given.to_owned(),
@@ -51,8 +51,7 @@ pub async fn diff(daemon: &Arc<Daemon>, scope: &Scope, request: DiffRequest, cha
     let written = daemon
         .blocking(move |_| {
             let Still { record, stack } = open_still(&prepared.bundle)?;
-            let stack = stack.ok_or_else(|| Error::invalid("the machine has no disk, so there is no diff of it"))?;
-            write_layer(record, &stack, writer, compression)
+            write_layer(record, stack.as_ref(), writer, compression)
         })
         .await;
     let written = match written {
@@ -78,20 +77,26 @@ struct Written {
     size: u64,
 }
 
-fn write_layer(record: Record, stack: &Stack, writer: BlobWriter, compression: Compression) -> Result<Written> {
+fn write_layer(record: Record, stack: Option<&Stack>, writer: BlobWriter, compression: Compression) -> Result<Written> {
     let failed = || "the disk diff cannot be written";
-    let plan = Plan::diff(stack).context(failed)?;
-    let mut hasher = Hasher::new();
-    plan.write_to(&mut hasher).context(failed)?;
-    let (size, digest) = (hasher.size(), hasher.finish());
-    let descriptor = descriptor(record.manifest, &record.kernel, &record.initrd, digest, size)?;
+    let plan = stack.map(Plan::diff).transpose().context(failed)?;
+    let mut found = None;
+    if let Some(plan) = &plan {
+        let mut hasher = Hasher::new();
+        plan.write_to(&mut hasher).context(failed)?;
+        let size = hasher.size();
+        found = Some((hasher.finish(), size));
+    }
+    let descriptor = descriptor(record.manifest, &record.kernel, &record.initrd, found)?;
 
     let blob = Hashing { inner: writer, hasher: Hasher::new() };
     let mut tar = Hashing { inner: Compressor::new(blob, compression).context(failed)?, hasher: Hasher::new() };
     let text = |to: &mut dyn Write| to.write_all(&descriptor);
-    let disk = |to: &mut dyn Write| plan.write_to(to).map_err(io::Error::other);
     member(&mut tar, media::MEMBER_MANIFEST, descriptor.len() as u64, &text).context(failed)?;
-    member(&mut tar, media::MEMBER_QCOW2, size, &disk).context(failed)?;
+    if let Some((plan, (_, size))) = plan.zip(found) {
+        let disk = |to: &mut dyn Write| plan.write_to(to).map_err(io::Error::other);
+        member(&mut tar, media::MEMBER_QCOW2, size, &disk).context(failed)?;
+    }
     tar.write_all(&[0; 2 * BLOCK]).context(failed)?;
     let Hashing { inner, hasher } = tar;
     let diff_id = hasher.finish();
@@ -106,8 +111,7 @@ fn descriptor(
     mut manifest: Manifest,
     kernel: &Option<PathBuf>,
     initrd: &Option<PathBuf>,
-    disk: Digest,
-    size: u64,
+    disk: Option<(Digest, u64)>,
 ) -> Result<Vec<u8>> {
     let failed = || "the descriptor cannot be made";
     // Copies are named by their digests (copies::keep).
@@ -122,12 +126,12 @@ fn descriptor(
         initrd.reference = digest.into();
     }
     manifest.ram_snapshot = None;
-    manifest.disk_layers.push(DiskLayer {
-        reference: disk.into(),
+    manifest.disk_layers.extend(disk.map(|(digest, size)| DiskLayer {
+        reference: digest.into(),
         format: DiskFormat::Qcow2,
         size: Some(size),
         extra: Default::default(),
-    });
+    }));
     manifest.to_bytes().context(failed)
 }
 
@@ -223,8 +227,12 @@ mod tests {
     fn a_layer_written_is_read_again() {
         let manifest = Manifest::new("test", "1");
         let disk = b"a disk of some bytes";
-        let text =
-            descriptor(manifest, &Some(format!("/b/{}", Digest::of(b"k").hex()).into()), &None, Digest::of(disk), 20);
+        let text = descriptor(
+            manifest,
+            &Some(format!("/b/{}", Digest::of(b"k").hex()).into()),
+            &None,
+            Some((Digest::of(disk), 20)),
+        );
         let text = text.unwrap();
         for compression in [Compression::None, Compression::Gzip, Compression::Zstd] {
             let mut tar = Hashing { inner: Compressor::new(Vec::new(), compression).unwrap(), hasher: Hasher::new() };

@@ -16,11 +16,14 @@
 //! | `table` | the disk's table through this layer, if it holds a disk layer |
 //! | `manifest.json` | the descriptor, if it holds one |
 
+mod checkpoint;
 mod commit;
 mod copies;
 mod diff;
 mod image;
+pub mod ram;
 mod resolve;
+mod resume;
 mod tops;
 mod unpack;
 
@@ -37,7 +40,7 @@ use crate::store::Chain;
 
 pub use commit::at_commit;
 pub use diff::diff;
-pub use resolve::resolve;
+pub use resolve::{resolve, Wish};
 pub use unpack::{apply, finish, resume};
 
 /// Name of [`Layer`] in a layer's directory.

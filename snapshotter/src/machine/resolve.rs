@@ -8,13 +8,15 @@ use ovms_artifact::digest::Digest;
 use ovms_artifact::manifest::{DiskFormat, Manifest};
 use ovms_bundle::{create_top, layer as files, Disk, Record, TopPaths, RECORD_VERSION};
 
+use super::checkpoint::{Checkpoint, MARK};
+use super::tops::{self, Base};
 use super::unpack::{finish_parents, Tell};
-use super::{copies, disk_below, image, layers_below, ReadyLayer};
+use super::{copies, disk_below, image, layer_of, layers_below, resume, ReadyLayer};
 use crate::containerd::Scope;
 use crate::daemon::Daemon;
 use crate::error::{Context, Error, Result};
 use crate::layout;
-use crate::store::{Chain, Content, Kind};
+use crate::store::{Chain, Content, Kind, Layer};
 
 /// Name of the bundle record in a snapshot's directory.
 pub const BUNDLE: &str = "bundle.json";
@@ -30,17 +32,31 @@ pub struct Resolved {
     pub args: Option<Vec<String>>,
 }
 
+/// What is to be resolved.
+#[derive(Clone, Copy, Debug)]
+pub struct Wish<'a> {
+    /// containerd's namespace.
+    pub namespace: &'a str,
+    /// The container's id.
+    pub container: &'a str,
+    /// Source of the mount.
+    pub source: &'a Path,
+    /// Directory of a checkpoint to resume from.
+    pub checkpoint: Option<&'a Path>,
+}
+
 /// Makes the snapshot whose mount has this source ready to start from.
-pub async fn resolve(
-    daemon: &Arc<Daemon>,
-    namespace: &str,
-    container: &str,
-    source: &Path,
-    tell: Tell<'_>,
-) -> Result<Resolved> {
-    let scope = Scope::namespace(namespace)?;
-    let chain = machine_of(daemon, source).await?;
-    prepare(daemon, &scope, container, &chain, tell).await
+pub async fn resolve(daemon: &Arc<Daemon>, wish: Wish<'_>, tell: Tell<'_>) -> Result<Resolved> {
+    let scope = Scope::namespace(wish.namespace)?;
+    let chain = machine_of(daemon, wish.source).await?;
+    let checkpoint = match wish.checkpoint {
+        Some(dir) => Some(Checkpoint::load(daemon, dir).await?),
+        None => None,
+    };
+    let _alone = daemon.keyed.lock(format!("resolve {}", chain.record.number)).await;
+    let resolved = make(daemon, &scope, wish.container, &chain, checkpoint.as_ref(), tell).await?;
+    resume::add_ram(daemon, &scope, &chain, &resolved.bundle, checkpoint.as_ref(), tell).await?;
+    Ok(resolved)
 }
 
 /// The active snapshot of a machine behind a mount.
@@ -73,15 +89,20 @@ async fn machine_of(daemon: &Arc<Daemon>, source: &Path) -> Result<Chain> {
     Ok(chain)
 }
 
-/// Makes whatever a machine's snapshot still lacks; once it is all there, it stays as it is.
-pub async fn prepare(
+/// Makes whatever a machine's snapshot still lacks, but for RAM; once it is all there, it stays as it is.
+pub async fn prepare(daemon: &Arc<Daemon>, scope: &Scope, container: &str, chain: &Chain) -> Result<Resolved> {
+    let _alone = daemon.keyed.lock(format!("resolve {}", chain.record.number)).await;
+    make(daemon, scope, container, chain, None, &|_| ()).await
+}
+
+async fn make(
     daemon: &Arc<Daemon>,
     scope: &Scope,
     container: &str,
     chain: &Chain,
+    checkpoint: Option<&Checkpoint>,
     tell: Tell<'_>,
 ) -> Result<Resolved> {
-    let _alone = daemon.keyed.lock(format!("resolve {}", chain.record.number)).await;
     let dir = daemon.layout.snapshot(chain.record.number);
     let bundle = dir.join(BUNDLE);
     if bundle.exists() {
@@ -90,8 +111,10 @@ pub async fn prepare(
     }
     finish_parents(daemon, chain, tell).await?;
     let at = chain.clone();
-    let layers = daemon.blocking(move |daemon| layers_below(daemon, &at)).await?;
-    let plan = plan(daemon, scope, container, chain, &layers).await?;
+    let (layers, own) = daemon.blocking(move |daemon| layers_of(daemon, &at)).await?;
+    // A checkpoint's disk is all that its machine ever added to the image, as it was at the instant of its RAM.
+    let own = own.filter(|_| checkpoint.is_none());
+    let plan = plan(daemon, scope, container, chain, &layers, own.as_ref()).await?;
     let (boot, args) = tokio::join!(boot_files(daemon, scope, chain, &plan), async {
         match plan.args.clone() {
             Some(args) => Some(args),
@@ -106,13 +129,31 @@ pub async fn prepare(
         table: top.table(),
         layers: layers.iter().filter(|l| l.info.disk.is_some()).map(|l| files::data_path(&l.dir)).collect(),
         frozen: Vec::new(),
-        top: Some(TopPaths { data: "top/data".into(), map: "top/map".into() }),
+        top: None,
         read_only: false,
     });
     let record = Record { version: RECORD_VERSION, image: name, manifest, kernel, initrd, disk, ram: None };
-    let answer = args.clone();
-    daemon.blocking(move |daemon| write_bundle(daemon, &dir, &record, answer.as_deref())).await?;
+    let (answer, checkpoint) = (args.clone(), checkpoint.cloned());
+    daemon
+        .blocking(move |daemon| {
+            let base = match (&checkpoint, &own) {
+                (Some(checkpoint), _) => checkpoint.base(daemon, record.disk.as_ref().map(|disk| disk.virtual_size))?,
+                (None, Some(own)) if own.info.disk.is_some() => Some(Base::of_layer(daemon, own)?),
+                (None, _) => None,
+            };
+            write_bundle(daemon, &dir, record, base, answer.as_deref(), checkpoint.as_ref())
+        })
+        .await?;
     Ok(Resolved { bundle, args })
+}
+
+/// The layers below a container's snapshot, base first, and the one that was applied to it itself, as a restore does.
+fn layers_of(daemon: &Daemon, chain: &Chain) -> Result<(Vec<ReadyLayer>, Option<ReadyLayer>)> {
+    let own = match chain.record.content {
+        Content::Machine(Layer::Ready) => layer_of(daemon, chain.record.number)?,
+        _ => None,
+    };
+    Ok((layers_below(daemon, chain)?, own))
 }
 
 /// Copies of kernel and initial RAM disk, held by the snapshot and by the image that it stands on.
@@ -150,37 +191,67 @@ async fn plan(
     scope: &Scope,
     container: &str,
     chain: &Chain,
-    layers: &[ReadyLayer],
+    below: &[ReadyLayer],
+    own: Option<&ReadyLayer>,
 ) -> Result<Plan> {
-    let mut descriptor = None;
-    for layer in layers.iter().rev() {
-        if let Some(manifest) = layer.manifest()? {
-            descriptor = Some(manifest);
-            break;
-        }
-    }
+    let layers: Vec<_> = below.iter().chain(own).cloned().collect();
     let parent = chain_id(chain);
-    if let Some(manifest) = descriptor {
-        let pinned = |field: &str, reference: Option<&ovms_artifact::manifest::Ref>| match reference {
-            None => Ok(None),
-            Some(reference) => reference.digest().map(Some).ok_or_else(|| {
-                Error::invalid(format!("{field}: {reference} is no digest, and an image's descriptor names digests"))
-            }),
-        };
-        let kernel = pinned("kernel.ref", manifest.kernel.as_ref().map(|kernel| &kernel.reference))?;
-        let initrd = pinned("initrd.ref", manifest.initrd.as_ref().map(|initrd| &initrd.reference))?;
-        let formats = manifest.disk_layers.iter().map(|disk| disk.format).collect::<Vec<_>>();
-        check_disks(&formats, layers)?;
-        return Ok(Plan { manifest, kernel, initrd, args: None, name: parent.map(str::to_owned) });
+    let mut plan = match find_descriptor(&layers)? {
+        Some(manifest) => of_descriptor(manifest, &layers, parent)?,
+        None => {
+            let image = image::of_container(&daemon.containerd, scope, container, parent).await?;
+            of_image(image, &layers)?
+        }
+    };
+    // The record's layers are those below; what lies in the snapshot itself becomes a top.
+    if own.is_some_and(|own| own.info.disk.is_some_and(|disk| disk.format.is_some())) {
+        plan.manifest.disk_layers.pop();
     }
-    let image = image::of_container(&daemon.containerd, scope, container, parent).await?;
-    check_places(&image.disks, layers)?;
-    let formats = image.resolved.disks.iter().map(|disk| disk.format).collect::<Vec<_>>();
+    Ok(plan)
+}
+
+/// The topmost descriptor. Its RAM belongs to the disk as it was then, so with another disk layer above it goes.
+fn find_descriptor(layers: &[ReadyLayer]) -> Result<Option<Manifest>> {
+    let mut disk_above = false;
+    for layer in layers.iter().rev() {
+        if let Some(mut manifest) = layer.manifest()? {
+            if disk_above && manifest.ram_snapshot.take().is_some() {
+                tracing::info!("the image's RAM is older than its disk, so machines of it boot");
+            }
+            return Ok(Some(manifest));
+        }
+        disk_above |= layer.info.disk.is_some();
+    }
+    Ok(None)
+}
+
+fn of_descriptor(manifest: Manifest, layers: &[ReadyLayer], name: Option<&str>) -> Result<Plan> {
+    let pinned = |field: &str, reference: Option<&ovms_artifact::manifest::Ref>| match reference {
+        None => Ok(None),
+        Some(reference) => reference.digest().map(Some).ok_or_else(|| {
+            Error::invalid(format!("{field}: {reference} is no digest, and an image's descriptor names digests"))
+        }),
+    };
+    let kernel = pinned("kernel.ref", manifest.kernel.as_ref().map(|kernel| &kernel.reference))?;
+    let initrd = pinned("initrd.ref", manifest.initrd.as_ref().map(|initrd| &initrd.reference))?;
+    pinned("ramSnapshot.ref", manifest.ram_snapshot.as_ref().map(|ram| &ram.reference))?;
+    let formats = manifest.disk_layers.iter().map(|disk| disk.format).collect::<Vec<_>>();
     check_disks(&formats, layers)?;
+    Ok(Plan { manifest, kernel, initrd, args: None, name: name.map(str::to_owned) })
+}
+
+fn of_image(image: image::Image, layers: &[ReadyLayer]) -> Result<Plan> {
+    check_places(&image.disks, layers)?;
+    let ovms_artifact::image::Resolved { mut manifest, kernel, initrd, ram_snapshot, disks } = image.resolved;
+    let formats = disks.iter().map(|disk| disk.format).collect::<Vec<_>>();
+    check_disks(&formats, layers)?;
+    if let (Some(ram), Some(blob)) = (&mut manifest.ram_snapshot, ram_snapshot) {
+        ram.reference = blob.digest.into();
+    }
     Ok(Plan {
-        kernel: image.resolved.kernel.map(|blob| blob.digest),
-        initrd: image.resolved.initrd.map(|blob| blob.digest),
-        manifest: image.resolved.manifest,
+        kernel: kernel.map(|blob| blob.digest),
+        initrd: initrd.map(|blob| blob.digest),
+        manifest,
         args: Some(image.args),
         name: Some(image.name),
     })
@@ -218,19 +289,40 @@ fn check_places(places: &[usize], layers: &[ReadyLayer]) -> Result<()> {
     )))
 }
 
-fn write_bundle(daemon: &Daemon, dir: &Path, record: &Record, args: Option<&[String]>) -> Result<()> {
+fn write_bundle(
+    daemon: &Daemon,
+    dir: &Path,
+    mut record: Record,
+    base: Option<Base>,
+    args: Option<&[String]>,
+    checkpoint: Option<&Checkpoint>,
+) -> Result<()> {
     let failed = || format!("cannot make the machine in {}", dir.display());
-    let top = layout::top_dir(dir);
-    if let (Some(disk), false) = (&record.disk, top.exists()) {
-        let made = tempfile::Builder::new().prefix("top-").tempdir_in(daemon.layout.tmp()).context(failed)?;
+    if let Some(disk) = &mut record.disk {
+        let made = match base {
+            Some(Base { made, virtual_size }) => {
+                disk.virtual_size = virtual_size;
+                disk.frozen.push(tops::base_paths(Path::new("top")));
+                made
+            }
+            None => tops::new_dir(daemon)?,
+        };
         let paths = TopPaths { data: made.path().join("data"), map: made.path().join("map") };
         create_top(&paths, disk.virtual_size).context(failed)?;
+        disk.top = Some(TopPaths { data: "top/data".into(), map: "top/map".into() });
+        let top = layout::top_dir(dir);
+        // A crash may have left one that no record names.
+        layout::remove(&top).context(failed)?;
         layout::publish(made.path(), &top).context(failed)?;
         let _renamed = made.keep();
     }
     if let Some(args) = args {
         let text = serde_json::to_vec(args).context(failed)?;
         super::write(dir, ARGS, &text)?;
+    }
+    if let Some(checkpoint) = checkpoint {
+        let text = serde_json::to_vec(checkpoint.mark()).context(failed)?;
+        super::write(dir, MARK, &text)?;
     }
     // Last, and renamed into place: where it is, everything is.
     record.save(&dir.join(BUNDLE)).context(failed)
@@ -239,11 +331,11 @@ fn write_bundle(daemon: &Daemon, dir: &Path, record: &Record, args: Option<&[Str
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::machine::{Layer, LayerDisk};
+    use crate::machine::LayerDisk;
 
     fn layer(format: Option<DiskFormat>) -> ReadyLayer {
         let disk = format.map(|format| LayerDisk { format: Some(format), virtual_size: 512 });
-        ReadyLayer { dir: "/none".into(), info: Layer { diff_id: None, disk } }
+        ReadyLayer { dir: "/none".into(), info: crate::machine::Layer { diff_id: None, disk } }
     }
 
     #[test]

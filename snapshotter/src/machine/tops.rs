@@ -11,13 +11,17 @@ use std::fs::File;
 use std::path::Path;
 use std::time::Duration;
 
-use ovms_bundle::{holder, Bundle, Disk, Record, TopPaths};
-use ovms_disk::{Stack, StackFiles, TopFiles};
+use ovms_bundle::{holder, layer as files, Bundle, Disk, Record, TopPaths};
+use ovms_disk::{LayerMap, Stack, StackFiles, State, Top, TopFiles};
 use ovms_proto::machine::{Client, RequestError, ToMachine};
 use rustix::fs::FlockOperation;
+use tempfile::TempDir;
 
 use super::resolve::BUNDLE;
+use super::ReadyLayer;
+use crate::daemon::Daemon;
 use crate::error::{Context, Error, Kind, Result};
+use crate::layout;
 
 /// How often a disk that changes hands is looked at again.
 const TRIES: u32 = 10;
@@ -130,6 +134,90 @@ impl Tops {
         let files = self.paths.iter().map(open_top).collect::<Result<Vec<_>>>()?;
         open_stack(&self.disk, files)
     }
+}
+
+/// A directory in the making for the tops of a snapshot, with the one that lies below the machine's first: a disk that goes
+/// on where another machine's was written out.
+#[derive(Debug)]
+pub struct Base {
+    /// The directory, synced but for itself.
+    pub made: TempDir,
+    /// The disk's size in bytes.
+    pub virtual_size: u64,
+}
+
+impl Base {
+    /// That of a layer, whose data file it shares.
+    pub fn of_layer(daemon: &Daemon, layer: &ReadyLayer) -> Result<Self> {
+        let failed = || "the snapshot's own disk layer cannot be used";
+        let made = new_dir(daemon)?;
+        let map = files::load_map(&layer.dir).context(failed)?;
+        std::fs::hard_link(files::data_path(&layer.dir), base_paths(made.path()).data).context(failed)?;
+        Self::finish(made, &map)
+    }
+
+    /// Makes the top out of the layer that a worker has left in `made`.
+    pub fn of_unpacked(made: TempDir) -> Result<Self> {
+        let failed = || "the unpacked disk cannot be used";
+        let map = files::load_map(made.path()).context(failed)?;
+        std::fs::remove_file(files::map_path(made.path())).context(failed)?;
+        std::fs::rename(files::data_path(made.path()), base_paths(made.path()).data).context(failed)?;
+        Self::finish(made, &map)
+    }
+
+    fn finish(made: TempDir, map: &LayerMap) -> Result<Self> {
+        let failed = || "the disk cannot be laid below the machine's";
+        let paths = base_paths(made.path());
+        let data = File::options().read(true).write(true).open(paths.data).context(failed)?;
+        let file = File::options().read(true).write(true).create_new(true).open(paths.map).context(failed)?;
+        Top::create_from_layer(map, &data, &file).context_kind(Kind::Invalid, failed)?;
+        data.sync_all().and_then(|()| file.sync_all()).context(failed)?;
+        Ok(Self { made, virtual_size: map.virtual_size() })
+    }
+}
+
+/// A directory in the making for tops.
+pub fn new_dir(daemon: &Daemon) -> Result<TempDir> {
+    let made = tempfile::Builder::new().prefix("top-").tempdir_in(daemon.layout.tmp());
+    made.context(|| "cannot make a directory for the machine's disk")
+}
+
+/// The files of [`Base`] in the directory of the tops.
+pub fn base_paths(tops: &Path) -> TopPaths {
+    TopPaths { data: tops.join("base.data"), map: tops.join("base.map") }
+}
+
+/// Whether a machine's disk is as it was made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Seen {
+    /// A machine holds it.
+    InUse,
+    /// No machine has written to it.
+    Untouched,
+    /// A machine has.
+    Written,
+}
+
+/// Looks at the disk of a record in a snapshot's directory and calls `then` while no machine can take it.
+pub fn look(record: &Record, dir: &Path, then: impl FnOnce(Seen) -> Result<()>) -> Result<()> {
+    let Some(disk) = &record.disk else { return then(Seen::Untouched) };
+    let mut seen = Seen::Untouched;
+    let mut locked = Vec::new();
+    let base = base_paths(&layout::top_dir(dir)).data;
+    for paths in disk.frozen.iter().chain(&disk.top).filter(|paths| paths.data != base) {
+        let TopFiles { data, map } = open_top(paths)?;
+        let lock = data.try_clone().context(|| "a descriptor cannot be copied")?;
+        if rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
+            return then(Seen::InUse);
+        }
+        locked.push(lock);
+        let failed = || "the machine's disk cannot be read";
+        let map = Top::open(data, map).and_then(|top| top.to_layer_map()).context(failed)?;
+        if map.extents().any(|extent| extent.state != State::Absent) {
+            seen = Seen::Written;
+        }
+    }
+    then(seen)
 }
 
 fn open_top(paths: &TopPaths) -> Result<TopFiles> {

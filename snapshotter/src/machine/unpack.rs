@@ -26,6 +26,7 @@ use crate::daemon::Daemon;
 use crate::error::{Context, Error, Kind as ErrorKind, Result};
 use crate::layout;
 use crate::ordinary::Applied;
+use crate::progress::Work;
 use crate::proto::types::Descriptor;
 use crate::store::{Chain, Content, Kind, Layer as State, Record};
 
@@ -76,14 +77,19 @@ pub async fn apply(daemon: &Arc<Daemon>, scope: &Scope, of: &Descriptor, chain: 
 }
 
 /// What a worker reads.
-struct Input {
-    name: String,
-    file: File,
-    source: Source,
-    expect: Option<(Digest, u64)>,
+pub struct Input {
+    /// What errors call it.
+    pub name: String,
+    /// The bytes.
+    pub file: File,
+    /// How they are read.
+    pub source: Source,
+    /// Digest and size, where the worker is to check them.
+    pub expect: Option<(Digest, u64)>,
 }
 
-fn run(daemon: &Daemon, input: Input, dir: &Path, tell: &mut dyn FnMut(Progress)) -> Result<Unpacked> {
+/// Runs a worker, which leaves a layer in `dir`.
+pub fn run(daemon: &Daemon, input: Input, dir: &Path, tell: &mut dyn FnMut(Progress)) -> Result<Unpacked> {
     let Input { name, file, source, expect } = input;
     let limits = (&daemon.settings.limits).into();
     let job = Job { name: &name, input: file, source, expect, dir, limits };
@@ -169,7 +175,8 @@ pub async fn finish(daemon: &Arc<Daemon>, number: u64, tell: Tell<'_>) -> Result
 
 /// Converts one snapshot whose parents are ready.
 async fn one(daemon: &Arc<Daemon>, number: u64, tell: Tell<'_>) -> Result<()> {
-    let _alone = telling(daemon, number, tell, daemon.keyed.lock(format!("convert {number}"))).await;
+    let work = Work::Layer(number);
+    let _alone = telling(daemon, &work, tell, daemon.keyed.lock(format!("convert {number}"))).await;
     let Some(chain) = daemon.blocking(move |daemon| daemon.store.chain_of(number)).await? else {
         return Err(Error::not_found(format!("snapshot {number} is gone")));
     };
@@ -178,8 +185,8 @@ async fn one(daemon: &Arc<Daemon>, number: u64, tell: Tell<'_>) -> Result<()> {
     }
     tell(format!("converting the layer of snapshot {}", chain.key));
     let started = std::time::Instant::now();
-    let result = telling(daemon, number, tell, daemon.blocking(move |daemon| convert(daemon, &chain))).await;
-    daemon.progress.forget(number);
+    let result = telling(daemon, &work, tell, daemon.blocking(move |daemon| convert(daemon, &chain))).await;
+    daemon.progress.forget(&work);
     let state = match &result {
         Ok(()) => State::Ready,
         Err(err) => State::Failed(err.chain()),
@@ -197,13 +204,13 @@ async fn one(daemon: &Arc<Daemon>, number: u64, tell: Tell<'_>) -> Result<()> {
     result
 }
 
-/// Awaits work on a snapshot and says every second how far it is, whoever does it.
-async fn telling<T>(daemon: &Daemon, number: u64, tell: Tell<'_>, work: impl Future<Output = T>) -> T {
+/// Awaits work and says every second how far it is, whoever does it.
+pub async fn telling<T>(daemon: &Daemon, of: &Work, tell: Tell<'_>, work: impl Future<Output = T>) -> T {
     tokio::pin!(work);
     loop {
         match tokio::time::timeout(Duration::from_secs(1), &mut work).await {
             Ok(done) => return done,
-            Err(_) => tell(daemon.progress.sentence(number)),
+            Err(_) => tell(daemon.progress.sentence(of)),
         }
     }
 }
@@ -230,8 +237,9 @@ fn convert(daemon: &Daemon, chain: &Chain) -> Result<()> {
     }
     let unpacked = match found {
         Some((format, file)) => {
+            let work = Work::Layer(chain.record.number);
             let input = Input { name: chain.key.clone(), file, source: Source::Disk { format }, expect: None };
-            run(daemon, input, made.path(), &mut |step| daemon.progress.note(chain.record.number, step))?
+            run(daemon, input, made.path(), &mut |step| daemon.progress.note(&work, step))?
         }
         None => Unpacked { diff_id: None, size: 0, disk: None, descriptor: None },
     };
@@ -291,6 +299,10 @@ pub async fn resume(daemon: Arc<Daemon>) {
         if let Err(err) = finish(&daemon, number, &|_| ()).await.and(cleared) {
             tracing::warn!(number, error = err.chain(), "a snapshot stays unfinished");
         }
+        tokio::spawn(super::ram::ahead(Arc::clone(&daemon), number));
+    }
+    if let Err(err) = super::ram::relock(&daemon).await {
+        tracing::warn!(error = err.chain(), "RAM that must be locked may not be");
     }
 }
 
@@ -304,7 +316,7 @@ fn read_descriptor(fs: &Path) -> Result<Option<String>> {
 }
 
 /// Opens a plain file that somebody else made; `None` if it is not there.
-fn open_plain(path: &Path) -> io::Result<Option<File>> {
+pub fn open_plain(path: &Path) -> io::Result<Option<File>> {
     let flags = rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::NONBLOCK;
     let opened = File::options().read(true).custom_flags(flags.bits() as i32).open(path);
     match opened {

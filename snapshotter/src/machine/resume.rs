@@ -1,0 +1,110 @@
+//! Whether a machine resumes from RAM or boots, decided at each Resolve. RAM fits one state of the disk only, that of the
+//! instant at which both were taken:
+//!
+//! ```text
+//!  disk of the container's snapshot      image with RAM        checkpoint given       neither
+//!  untouched since it was made           resumes               resumes                boots
+//!  written by a machine                  boots                 refused                boots
+//! ```
+
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+
+use ovms_bundle::{Ram, Record};
+
+use super::checkpoint::{Checkpoint, Mark, MARK};
+use super::ram::{self, locked, Wanted};
+use super::tops::{self, Seen};
+use super::unpack::Tell;
+use crate::containerd::Scope;
+use crate::daemon::Daemon;
+use crate::error::{Context, Error, Result};
+use crate::store::Chain;
+
+/// Brings a bundle's record in line with that.
+pub async fn add_ram(
+    daemon: &Arc<Daemon>,
+    scope: &Scope,
+    chain: &Chain,
+    bundle: &Path,
+    checkpoint: Option<&Checkpoint>,
+    tell: Tell<'_>,
+) -> Result<()> {
+    let (number, dir) = (chain.record.number, daemon.layout.snapshot(chain.record.number));
+    let path = bundle.to_owned();
+    let (record, mark, seen) = daemon.blocking(move |_| look(&path, &dir)).await?;
+    if checkpoint.is_some() && (seen != Seen::Untouched || mark.as_ref() != checkpoint.map(Checkpoint::mark)) {
+        return Err(Error::precondition(
+            "the container's disk is not that of the checkpoint any more: restore it into a new container",
+        ));
+    }
+    let wanted = match (checkpoint, &mark) {
+        (Some(checkpoint), _) => Some(checkpoint.wanted(&record.manifest)),
+        // Its disk is that of a checkpoint, not that of the image's RAM.
+        (None, Some(_)) => None,
+        (None, None) => Wanted::of(&record.manifest)?,
+    };
+    let wanted = wanted.filter(|_| ram::is_allowed(daemon));
+    let ram = match (seen, wanted) {
+        // Whoever holds the disk started as its record said then; the next one to start is refused by the lock.
+        (Seen::InUse, _) => return Ok(()),
+        (Seen::Written, wanted) => {
+            if wanted.is_some() {
+                tell("the disk was written since its RAM was taken, so the machine boots".into());
+            }
+            None
+        }
+        (Seen::Untouched, None) => None,
+        (Seen::Untouched, Some(wanted)) => {
+            let image = chain.parents.first().filter(|_| checkpoint.is_none()).map(|parent| parent.number);
+            let holders: Vec<_> = std::iter::once(number).chain(image).collect();
+            let blob = checkpoint.map(Checkpoint::ram);
+            Some(ram::ready(daemon, scope, wanted, blob.as_deref(), &holders, tell).await?)
+        }
+    };
+    if ram == record.ram {
+        return Ok(());
+    }
+    let path = bundle.to_owned();
+    daemon.blocking(move |daemon| change(daemon, &path, number, ram)).await
+}
+
+fn look(bundle: &Path, dir: &Path) -> Result<(Record, Option<Mark>, Seen)> {
+    let record = Record::load(bundle).context(|| "the machine's record cannot be read")?;
+    let path = dir.join(MARK);
+    let mark = match fs::read(&path) {
+        Err(err) if err.kind() == std::io::ErrorKind::NotFound => None,
+        read => {
+            let text = read.context(|| format!("cannot read {}", path.display()))?;
+            Some(serde_json::from_slice(&text).context(|| format!("{} is damaged", path.display()))?)
+        }
+    };
+    let mut found = Seen::InUse;
+    tops::look(&record, dir, |seen| {
+        found = seen;
+        Ok(())
+    })?;
+    Ok((record, mark, found))
+}
+
+/// Writes the record anew, unless a machine has taken the disk meanwhile.
+fn change(daemon: &Daemon, bundle: &Path, number: u64, ram: Option<Ram>) -> Result<()> {
+    let failed = || "the machine's record cannot be changed";
+    let dir = daemon.layout.snapshot(number);
+    let mut record = Record::load(bundle).context(failed)?;
+    let before = record.ram.take();
+    tops::look(&record.clone(), &dir, |seen| {
+        if seen == Seen::InUse || (seen == Seen::Written && ram.is_some()) {
+            return Err(Error::precondition("a machine has taken the disk meanwhile: try again"));
+        }
+        record.ram = ram;
+        record.save(bundle).context(failed)
+    })?;
+    let now = record.ram.map(|ram| ram.digest);
+    if let Some(gone) = before.map(|ram| ram.digest).filter(|gone| now.as_ref() != Some(gone)) {
+        daemon.store.let_go(&[format!("ram {gone}"), locked::key(&gone)], number)?;
+        daemon.unlock()?;
+    }
+    Ok(())
+}

@@ -1,0 +1,348 @@
+//! RAM that machines resume from, by way of checkpoints, which need no content store: unpacked once, on tmpfs, locked, gone
+//! with its last user, and whole after kills. The worker is real; the blobs hold memory that no machine ever had.
+
+mod common;
+
+use std::fs::{self, File};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use ovms_artifact::digest::Digest;
+use ovms_bundle::{Bundle, Manifest, SnapshotDisk, SnapshotRam, SnapshotRecord, SNAPSHOT_VERSION};
+use ovms_disk::qcow2::Plan;
+use ovms_disk::{Stack, StackFiles, Table, Top, TopFiles};
+use ovms_proto::bundle::{FromSnapshotter, RefusalKind};
+use ovms_snapshotter::proto::snapshots::snapshots_client::SnapshotsClient;
+use ovms_snapshotter::proto::snapshots::{CleanupRequest, RemoveSnapshotRequest};
+use ovms_state::{Fingerprint, Section, SnapshotWriter, CHUNK};
+use tonic::transport::Channel;
+
+use common::{commit, prepare, record, wait_for, walked_image, Daemon};
+
+const MIB: u64 = 1 << 20;
+
+/// Writes a RAM blob whose every fourth chunk holds `byte` and noise; returns its digest.
+fn write_ram(path: &Path, memory: u64, byte: u8) -> Digest {
+    let file = File::options().read(true).write(true).create_new(true).open(path).unwrap();
+    let writer = SnapshotWriter::create(file, memory, None).unwrap();
+    let mut noise = u64::from(byte) + 1;
+    for chunk in (0..writer.chunks()).step_by(4) {
+        let mut data = vec![byte; CHUNK];
+        for at in &mut data[CHUNK / 2..] {
+            noise = noise.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            *at = (noise >> 56) as u8;
+        }
+        writer.put(chunk, &data).unwrap();
+    }
+    let section = Section { kind: "test".into(), version: 1, payload: vec![byte] };
+    writer.finish(1, Fingerprint::default(), &[section]).unwrap();
+    Digest::of(&fs::read(path).unwrap())
+}
+
+/// Writes a disk of 1 MiB that says `text` in its middle and nothing else.
+fn write_disk(dir: &Path, text: &str) -> SnapshotDisk {
+    let file =
+        |name: &str| File::options().read(true).write(true).create(true).truncate(true).open(dir.join(name)).unwrap();
+    Table::empty(MIB).unwrap().write_to(&file("table")).unwrap();
+    let (data, map) = (file("data"), file("map"));
+    Top::create(&data, &map, MIB).unwrap();
+    let top = Some(TopFiles { data, map });
+    let stack =
+        Stack::open(StackFiles { table: file_at(dir, "table"), layers: vec![], frozen: vec![], top }, false).unwrap();
+    let mut sector = text.as_bytes().to_vec();
+    sector.resize(4096, 0);
+    stack.write_at(MIB / 2, &sector).unwrap();
+    let mut disk = Vec::new();
+    Plan::diff(&stack).unwrap().write_to(&mut disk).unwrap();
+    for name in ["table", "data", "map"] {
+        fs::remove_file(dir.join(name)).unwrap();
+    }
+    fs::write(dir.join("disk.qcow2"), &disk).unwrap();
+    SnapshotDisk { digest: Digest::of(&disk).to_string(), size: disk.len() as u64, virtual_size: MIB }
+}
+
+fn file_at(dir: &Path, name: &str) -> File {
+    File::open(dir.join(name)).unwrap()
+}
+
+/// A checkpoint of a machine of `walked_image`.
+fn checkpoint(dir: &Path, memory: u64, byte: u8) -> (PathBuf, Digest) {
+    let dir = dir.join(format!("checkpoint-{byte}"));
+    fs::create_dir(&dir).unwrap();
+    let digest = write_ram(&dir.join("ram"), memory, byte);
+    let size = fs::metadata(dir.join("ram")).unwrap().len();
+    let ram = SnapshotRam { digest: digest.to_string(), size, parents: vec![], vcpus: 1, memory, stood_micros: 0 };
+    let disk = Some(write_disk(&dir, "checkpointed"));
+    let record = SnapshotRecord {
+        version: SNAPSHOT_VERSION,
+        machine: "default/vm".into(),
+        image: None,
+        manifest: Manifest::new("test", "1"),
+        ram,
+        disk,
+    };
+    record.save(&dir).unwrap();
+    (dir, digest)
+}
+
+/// The walked image and a container's snapshot on it.
+async fn container(client: &mut SnapshotsClient<Channel>, key: &str) -> String {
+    prepare(client, key, "default/4/diff").await
+}
+
+fn read_sector(bundle: &Path, at: u64) -> Vec<u8> {
+    let stack = Bundle::open(bundle, "a test", true).unwrap().disk.unwrap().into_stack().unwrap();
+    let mut sector = vec![0; 512];
+    stack.read_at(at, &mut sector).unwrap();
+    sector
+}
+
+fn bundle_of(source: &str) -> PathBuf {
+    Path::new(source).parent().unwrap().join("bundle.json")
+}
+
+async fn remove(client: &mut SnapshotsClient<Channel>, key: &str) {
+    client.remove(RemoveSnapshotRequest { key: key.into(), ..Default::default() }).await.unwrap();
+    client.cleanup(CleanupRequest::default()).await.unwrap();
+}
+
+fn names(dir: &Path) -> Vec<String> {
+    let Ok(entries) = fs::read_dir(dir) else { return Vec::new() };
+    entries.map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned()).collect()
+}
+
+/// Waits, since what a snapshot leaves is removed after the answer.
+fn nothing_is_left(dir: &Path) {
+    let left = || [names(&dir.join("root/ram")), names(&dir.join("root/tmp"))].concat();
+    wait_for(&format!("an end of {:?}", left()), || left().is_empty());
+}
+
+fn refused(last: FromSnapshotter) -> String {
+    match last {
+        FromSnapshotter::Refused { message, .. } => message,
+        other => panic!("not refused: {other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn a_checkpoint_becomes_ram_and_the_disk_of_its_instant() {
+    let dir = tempfile::tempdir().unwrap();
+    let daemon = Daemon::start(dir.path());
+    let mut client = daemon.client().await;
+    walked_image(&mut client).await;
+    let (from, digest) = checkpoint(dir.path(), 4 * MIB, 7);
+    let source = container(&mut client, "default/5/vm").await;
+
+    let (steps, last) = daemon.resolve_from(&source, Some(&from));
+
+    let ram = record(last).ram.expect("RAM");
+    assert_eq!((ram.digest, ram.mlock), (digest.to_string(), false));
+    assert!(steps.iter().any(|step| step.contains("unpacking RAM snapshot")), "{steps:?}");
+    let memory = fs::read(&ram.memory).unwrap();
+    assert_eq!(memory.len() as u64, 4 * MIB);
+    assert!(memory[..CHUNK / 2].iter().all(|b| *b == 7) && memory[CHUNK..4 * CHUNK].iter().all(|b| *b == 0));
+    assert!(fs::metadata(&ram.memory).unwrap().blocks() * 512 < 2 * MIB);
+    let bundle = bundle_of(&source);
+    assert!(read_sector(&bundle, MIB / 2).starts_with(b"checkpointed") && read_sector(&bundle, 0).starts_with(b"diff"));
+    // The one who gave it removes it, and a Create that is tried again finds all as it was.
+    assert_eq!(record(daemon.resolve_from(&source, Some(&from)).1).ram.unwrap().digest, digest.to_string());
+    fs::remove_dir_all(&from).unwrap();
+    assert!(ram.state.exists());
+    remove(&mut client, "default/5/vm").await;
+    assert!(!ram.memory.exists() && names(&dir.path().join("root/ram")).is_empty());
+}
+
+#[tokio::test]
+async fn a_machine_whose_disk_was_written_boots() {
+    let dir = tempfile::tempdir().unwrap();
+    let daemon = Daemon::start(dir.path());
+    let mut client = daemon.client().await;
+    walked_image(&mut client).await;
+    let (from, digest) = checkpoint(dir.path(), MIB, 7);
+    let source = container(&mut client, "default/5/vm").await;
+    assert!(record(daemon.resolve_from(&source, Some(&from)).1).ram.is_some());
+    let bundle = bundle_of(&source);
+    let disk = Bundle::open(&bundle, "a machine", false).unwrap().disk.unwrap();
+    // While a machine runs, its record is left alone.
+    assert!(record(daemon.resolve(&source).1).ram.is_some());
+    let stack = disk.into_stack().unwrap();
+    stack.write_at(8192, &[9; 512]).unwrap();
+    stack.flush().unwrap();
+    drop(stack);
+
+    let again = daemon.resolve_from(&source, Some(&from)).1;
+    let alone = record(daemon.resolve(&source).1);
+
+    assert!(refused(again).contains("restore it into a new container"));
+    assert_eq!(alone.ram, None);
+    assert!(read_sector(&bundle, MIB / 2).starts_with(b"checkpointed") && read_sector(&bundle, 8192).starts_with(&[9]));
+    client.cleanup(CleanupRequest::default()).await.unwrap();
+    assert!(!dir.path().join("root/ram").join(digest.hex()).exists());
+}
+
+#[tokio::test]
+async fn a_checkpoint_takes_the_place_of_a_difference_that_was_applied() {
+    let dir = tempfile::tempdir().unwrap();
+    let daemon = Daemon::start(dir.path());
+    let mut client = daemon.client().await;
+    walked_image(&mut client).await;
+    let (from, _) = checkpoint(dir.path(), MIB, 7);
+    let source = container(&mut client, "default/5/vm").await;
+    let record = record(daemon.resolve_from(&source, Some(&from)).1);
+    let disk = record.disk.unwrap();
+    assert_eq!((disk.layers.len(), disk.frozen.len()), (2, 1));
+
+    // A commit makes one layer of the checkpoint's disk and what was written since.
+    let stack = Bundle::open(&bundle_of(&source), "a machine", false).unwrap().disk.unwrap().into_stack().unwrap();
+    stack.write_at(8192, &[9; 512]).unwrap();
+    stack.flush().unwrap();
+    drop(stack);
+    commit(&mut client, "default/6/committed", "default/5/vm").await;
+    let source = prepare(&mut client, "default/7/vm2", "default/6/committed").await;
+    let second = common::record(daemon.resolve(&source).1);
+
+    let disk = second.disk.unwrap();
+    assert_eq!((disk.layers.len(), disk.frozen.len(), second.ram), (3, 0, None));
+    let bundle = bundle_of(&source);
+    assert!(read_sector(&bundle, MIB / 2).starts_with(b"checkpointed") && read_sector(&bundle, 8192).starts_with(&[9]));
+    assert!(read_sector(&bundle, 0).starts_with(b"diff"));
+}
+
+#[tokio::test]
+async fn checkpoints_that_do_not_hold_are_refused_and_leave_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let daemon = Daemon::start(dir.path());
+    let mut client = daemon.client().await;
+    walked_image(&mut client).await;
+    let (from, _) = checkpoint(dir.path(), MIB, 7);
+    let whole = SnapshotRecord::load(&from).unwrap();
+    let flip = |name: &'static str, at: u64| {
+        move |dir: &Path| {
+            let file = File::options().read(true).write(true).open(dir.join(name)).unwrap();
+            let mut byte = [0];
+            file.read_exact_at(&mut byte, at).unwrap();
+            file.write_all_at(&[byte[0] ^ 1], at).unwrap();
+        }
+    };
+    let saved = |change: fn(&mut SnapshotRecord)| {
+        let mut record = whole.clone();
+        change(&mut record);
+        move |dir: &Path| drop(record.save(dir).unwrap())
+    };
+    type Damage = Box<dyn Fn(&Path)>;
+    let cases: Vec<(Damage, &str)> = vec![
+        (Box::new(flip("ram", 100)), "digest"),
+        (Box::new(flip("disk.qcow2", 4)), "disk is refused"),
+        (Box::new(|dir| fs::remove_file(dir.join("snapshot.json")).unwrap()), "snapshot.json"),
+        (Box::new(|dir| fs::remove_file(dir.join("ram")).unwrap()), "ram is missing"),
+        (Box::new(|dir| fs::remove_file(dir.join("disk.qcow2")).unwrap()), "disk.qcow2"),
+        (Box::new(saved(|record| record.disk = None)), "has no disk, the image has one"),
+        (Box::new(saved(|record| record.disk.as_mut().unwrap().virtual_size = 512)), "its record says 512"),
+        (Box::new(saved(|record| record.ram.digest = "../../etc".into())), "digest"),
+    ];
+    for (number, (damage, expected)) in cases.into_iter().enumerate() {
+        let bad = dir.path().join(format!("bad-{number}"));
+        fs::create_dir(&bad).unwrap();
+        for name in ["ram", "disk.qcow2", "snapshot.json"] {
+            fs::copy(from.join(name), bad.join(name)).unwrap();
+        }
+        damage(&bad);
+        let key = format!("default/{}/vm", 10 + number);
+        let source = container(&mut client, &key).await;
+
+        let message = refused(daemon.resolve_from(&source, Some(&bad)).1);
+
+        assert!(message.contains(expected), "{number}: {message}");
+        remove(&mut client, &key).await;
+        nothing_is_left(dir.path());
+    }
+}
+
+#[tokio::test]
+async fn a_host_that_denies_ram_refuses_checkpoints() {
+    let dir = tempfile::tempdir().unwrap();
+    let daemon = Daemon::start_with(dir.path(), "ram.policy = \"deny\"");
+    let mut client = daemon.client().await;
+    walked_image(&mut client).await;
+    let (from, _) = checkpoint(dir.path(), MIB, 7);
+    let source = container(&mut client, "default/5/vm").await;
+
+    let message = refused(daemon.resolve_from(&source, Some(&from)).1);
+
+    assert!(message.contains("ram.policy"), "{message}");
+}
+
+#[tokio::test]
+async fn a_kill_in_the_middle_of_an_unpack_leaves_nothing_and_the_next_one_works() {
+    let dir = tempfile::tempdir().unwrap();
+    let (from, digest) = checkpoint(dir.path(), 96 * MIB, 7);
+    let mut daemon = Daemon::start(dir.path());
+    walked_image(&mut daemon.client().await).await;
+    let source = container(&mut daemon.client().await, "default/5/vm").await;
+    let made = dir.path().join("root/ram").join(format!(".{}.new", digest.hex()));
+    for round in 0..4 {
+        let asked = std::thread::spawn({
+            let (source, from, dir) = (source.clone(), from.clone(), dir.path().to_owned());
+            // The answer never comes.
+            move || std::panic::catch_unwind(|| common::ask(&dir, &source, Some(&from))).is_err()
+        });
+        wait_for("the unpack", || made.join("memory").exists());
+        std::thread::sleep(Duration::from_millis(round * 10));
+        daemon.kill();
+        let _answered_or_not = asked.join().unwrap();
+        daemon = Daemon::start(dir.path());
+        // Its sockets take connections before it has looked around; an answer comes afterwards.
+        daemon.client().await.cleanup(CleanupRequest::default()).await.unwrap();
+        assert!(!made.exists(), "after round {round}: {:?}", names(&made));
+        assert_eq!(names(&dir.path().join("root/tmp")), [""; 0], "after round {round}");
+        if dir.path().join("root/ram").join(digest.hex()).exists() {
+            break;
+        }
+    }
+
+    let ram = record(daemon.resolve_from(&source, Some(&from)).1).ram.unwrap();
+
+    assert_eq!(fs::metadata(&ram.memory).unwrap().len(), 96 * MIB);
+    assert_eq!(fs::read(&ram.memory).unwrap()[0], 7);
+}
+
+#[tokio::test]
+async fn a_layer_worker_that_is_killed_is_told_and_the_next_attempt_works() {
+    let dir = tempfile::tempdir().unwrap();
+    let (from, _) = checkpoint(dir.path(), 512 * MIB, 7);
+    let daemon = Daemon::start(dir.path());
+    let mut client = daemon.client().await;
+    walked_image(&mut client).await;
+    let source = container(&mut client, "default/5/vm").await;
+    let asked = std::thread::spawn({
+        let (source, from, dir) = (source.clone(), from.clone(), dir.path().to_owned());
+        move || common::ask(&dir, &source, Some(&from)).1
+    });
+    let mut worker = None;
+    wait_for("the worker", || worker_of(daemon.child.id(), dir.path()).is_some());
+    worker = worker.or_else(|| worker_of(daemon.child.id(), dir.path()));
+    let killed = Command::new("kill").args(["-9", &worker.unwrap().to_string()]).status().unwrap();
+
+    let last = asked.join().unwrap();
+
+    if killed.success() && !matches!(last, FromSnapshotter::Resolved { .. }) {
+        assert!(matches!(&last, FromSnapshotter::Refused { kind: RefusalKind::Invalid | RefusalKind::Internal, .. }));
+        assert!(refused(last).contains("signal 9"));
+        nothing_is_left(dir.path());
+    }
+    assert!(record(daemon.resolve_from(&source, Some(&from)).1).ram.is_some());
+}
+
+/// The daemon's worker, once it unpacks RAM.
+fn worker_of(daemon: u32, dir: &Path) -> Option<u32> {
+    names(&dir.join("root/ram")).iter().any(|name| name.ends_with(".new")).then_some(())?;
+    let children = fs::read_to_string(format!("/proc/{daemon}/task/{daemon}/children")).unwrap_or_default();
+    let threads = names(Path::new(&format!("/proc/{daemon}/task")));
+    let of_threads = threads
+        .iter()
+        .map(|thread| fs::read_to_string(format!("/proc/{daemon}/task/{thread}/children")).unwrap_or_default());
+    let all: String = std::iter::once(children).chain(of_threads).collect::<Vec<_>>().join(" ");
+    all.split_whitespace().next()?.parse().ok()
+}
