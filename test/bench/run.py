@@ -2,7 +2,7 @@
 """Measures every promise of speed and memory beside the floor or peer it is compared with, in one run, and writes
 target/bench/report.json. A figure that misses its goal is printed as such; only a measurement that breaks fails.
 
-    run.py [--only GLOB]      measures: start, containerd, memory, debian
+    run.py [--only GLOB]      measures: start, containerd, memory, ram, debian
     RUNS=N                    counted runs of each command (default 20)
 """
 
@@ -17,11 +17,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import report
-from bench.measures import containerd, debian, memory, start
+from bench.measures import containerd, debian, memory, ram, start
 from e2e.harness import process, records
 from e2e.harness.case import CaseFailed, CaseSkipped
 
-MEASURES = {"start": start.measure, "containerd": containerd.measure, "memory": memory.measure, "debian": debian.measure}
+MEASURES = {"start": start.measure, "containerd": containerd.measure, "memory": memory.measure, "ram": ram.measure,
+            "debian": debian.measure}
 
 
 def main() -> int:

@@ -59,3 +59,9 @@ def _mib(pid: int, beyond: int = 0) -> float:
     while beyond > 0 and mappings:
         beyond -= mappings.pop(0)[0]
     return sum(pss for _, pss in mappings) / 1024
+
+
+def whole_mib(pid: int) -> float:
+    """PSS of a process with all its mappings."""
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii")
+    return int(re.search(r"^Pss:\s+(\d+)", text, re.MULTILINE)[1]) / 1024  # type: ignore[index]

@@ -7,7 +7,9 @@
 //! The snapshot is taken of a guest (`resume.elf`) that waits until it finds itself restored, and unpacked into DIR, all
 //! by the programs' own ways. Prints one JSON object: the microseconds of every run and of each step of the VMM.
 //!
-//! Usage: `ovms-bench-restore VMM FLOOR KERNEL MEMORY RUNS DIR [mlock]`
+//! With `keep` no machine is ended before the last one has said its byte, and the time of all together is told too.
+//!
+//! Usage: `ovms-bench-restore VMM FLOOR KERNEL MEMORY RUNS DIR [mlock|keep]`
 
 #[allow(unsafe_code, reason = "unshare, setns and the child's descriptor 3")]
 mod spawn;
@@ -48,12 +50,16 @@ struct Ram {
 fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let [vmm, floor, kernel, memory, runs, dir, rest @ ..] = args.as_slice() else {
-        return Err("usage: ovms-bench-restore VMM FLOOR KERNEL MEMORY RUNS DIR [mlock]".into());
+        return Err("usage: ovms-bench-restore VMM FLOOR KERNEL MEMORY RUNS DIR [mlock|keep]".into());
     };
-    let mlock = matches!(rest, [word] if word == "mlock");
+    let (mlock, keep) = (rest == ["mlock"], rest == ["keep"]);
     let bench = Bench { vmm: vmm.into(), floor: floor.into(), kernel: kernel.into(), memory: memory.parse()?, mlock };
     let runs: usize = runs.parse()?;
-    let ram = bench.take(Path::new(dir))?;
+    let ram = bench.take(Path::new(dir), if keep { "stay=1" } else { "" })?;
+    if keep {
+        println!("{}", serde_json::json!({ "all_us": micros(bench.keep(&ram, runs)?), "machines": runs }));
+        return Ok(());
+    }
     let (mut floors, mut vmms, mut steps) = (Vec::new(), Vec::new(), BTreeMap::<String, Vec<u64>>::new());
     // The first pair warms the page cache and is not counted.
     for run in 0..=runs {
@@ -75,9 +81,9 @@ fn micros(time: Duration) -> u64 {
 
 impl Bench {
     /// Boots the guest, takes its snapshot, unpacks it and waits until a restored guest can tell.
-    fn take(&self, dir: &Path) -> Result<Ram> {
+    fn take(&self, dir: &Path, cmdline: &str) -> Result<Ram> {
         let kernel = File::open(&self.kernel)?;
-        let mut machine = Machine::create(&self.vmm, self.memory, &Source::Kernel(&kernel, ""), false)?;
+        let mut machine = Machine::create(&self.vmm, self.memory, &Source::Kernel(&kernel, cmdline), false)?;
         machine.ask(Ask::Run, &[])?;
         machine.expect("waiting\n")?;
         let create = |name: &str| File::options().read(true).write(true).create_new(true).open(dir.join(name));
@@ -112,5 +118,20 @@ impl Bench {
         let steps = std::mem::take(&mut machine.timeline.steps);
         machine.wait()?;
         Ok((took, steps))
+    }
+
+    fn keep(&self, ram: &Ram, count: usize) -> Result<Duration> {
+        let mut machines = Vec::new();
+        let began = Instant::now();
+        for _ in 0..count {
+            let source = Source::Ram(&ram.state, &ram.memory, None);
+            let mut machine = Machine::create(&self.vmm, self.memory, &source, self.mlock)?;
+            machine.ask(Ask::Run, &[])?;
+            machine.first_byte()?;
+            machines.push(machine);
+        }
+        let took = began.elapsed();
+        machines.into_iter().try_for_each(Machine::end)?;
+        Ok(took)
     }
 }

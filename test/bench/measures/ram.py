@@ -1,0 +1,229 @@
+"""RAM snapshots: what a restore costs beside its floor, how long a guest stands still, what a hundred clones cost."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bench.measures import memory
+from bench.measures.beds import native_bed
+from bench.report import Figure, bounded, compared
+from e2e.harness import oci, places, process
+from e2e.harness.bed import Bed
+from e2e.harness.case import CaseFailed, CaseSkipped
+from e2e.harness.ovms import REPO, program
+
+_GUESTS = REPO / "target/guests"
+_TMPFS = "/dev/shm"
+_DISK = "/var/tmp"
+#: Of a hundred starts so many must be fast enough.
+_MOST = 0.95
+#: A guest finds out that it was restored when the clock has jumped by more than a second.
+_JUMP = 2.2
+
+
+def measure(runs: int) -> Iterator[Figure]:
+    """All of it."""
+    if reason := places.without_kvm():
+        raise CaseSkipped(reason)
+    yield from _restores(runs * 5)
+    yield from _unpack(runs)
+    yield from _images(runs)
+    yield from _clones()
+    yield from _standstill()
+
+
+@contextmanager
+def _scratch(below: str) -> Iterator[Path]:
+    directory = Path(tempfile.mkdtemp(prefix="ovms-bench", dir=below))
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory)
+
+
+def _json(argv: list[str | Path], timeout: float = 600) -> list[Any]:
+    return [json.loads(line) for line in process.run(argv, timeout=timeout).out.splitlines()]
+
+
+def _guest(name: str) -> Path:
+    guest = _GUESTS / f"{name}.elf"
+    if not guest.exists():
+        raise CaseFailed(f"{guest} is missing: run `make guests`")
+    return guest
+
+
+def _restore_times(mib: int, runs: int, *flags: str) -> dict[str, Any]:
+    with _scratch(_DISK) as directory:
+        found: dict[str, Any] = _json([program("ovms-bench-restore"), program("ovms-vmm"), program("ovms-bench-floor"), _guest("resume"),
+                                       str(mib << 20), str(runs), directory, *flags])[0]
+    return found
+
+
+def _slot_ms(mib: int) -> float:
+    """KVM_SET_USER_MEMORY_REGION's own time, which grows with the size where the MMU is shadowed."""
+    times = [int(process.run([program("ovms-bench-floor"), str(mib << 20), "slot"]).out) for _ in range(9)]
+    return statistics.median(times) / 1000
+
+
+def _fast_enough(name: str, times: list[float], most: float) -> Figure:
+    """A figure for `_MOST` of the runs."""
+    times = sorted(times)
+    value = times[max(0, round(len(times) * _MOST) - 1)]
+    return Figure(name, round(value, 3), "ms", "", None, f"{round(_MOST * 100)} of 100 runs < {most} ms", value < most)
+
+
+def _restores(runs: int) -> Iterator[Figure]:
+    for flags, suffix in (((), ""), (("mlock",), ", mlock_required")):
+        found = _restore_times(2048, runs, *flags)
+        restores, floors = ([us / 1000 for us in found[key]] for key in ("restore_us", "floor_us"))
+        name = f"restore to the first guest byte, 2 GiB{suffix}"
+        yield compared(name, statistics.median(restores), "ms", "floor program", statistics.median(floors), 2.0)
+        yield _fast_enough(name, restores, 10)
+        worst = 10 + max(floors)
+        yield Figure(f"{name}, worst of {len(restores)}", round(max(restores), 3), "ms", "", None,
+                     f"<= 10 ms + the floor's worst, {max(floors):.3f} ms", max(restores) <= worst)
+    count = 200
+    with _scratch(_DISK) as directory:
+        argv = ["taskset", "-c", "0", program("ovms-bench-restore"), program("ovms-vmm"), program("ovms-bench-floor"), _guest("resume"),
+                str(256 << 20), str(count), directory, "keep"]
+        rate = count / _json(argv)[0]["all_us"] * 1e6
+    yield Figure(f"restores of 256 MiB on one core, {count} machines kept", round(rate), "a second", "", None, ">= 200", rate >= 200)
+    net: list[float] = []
+    for mib in (128, 16384):
+        found = _restore_times(mib, runs // 2)
+        value, slot = statistics.median(found["restore_us"]) / 1000, _slot_ms(mib)
+        yield Figure(f"KVM_SET_USER_MEMORY_REGION alone, {mib} MiB", round(slot, 3), "ms")
+        yield Figure(f"restore to the first guest byte, {mib} MiB", round(value, 3), "ms")
+        net.append(value - slot)
+    yield compared("restore of 16 GiB less its slot's time", net[1], "ms", "128 MiB", net[0], 1.1)
+
+
+def _unpack(runs: int) -> Iterator[Figure]:
+    """Content is what lies in this machine's libraries; everything is on tmpfs, so that no disk is measured."""
+    cores = os.cpu_count() or 1
+    size = 256 << 20
+    with _scratch(_TMPFS) as directory:
+        source, packed = directory / "source", directory / "source.lz4"
+        with source.open("wb") as out:
+            for path in sorted(Path("/usr/lib/x86_64-linux-gnu").glob("*.so*")):
+                if path.is_file() and not path.is_symlink() and out.tell() < size:
+                    out.write(path.read_bytes())
+        process.run(["lz4", "-q", "-1", source, packed])
+        found = _json([program("ovms-bench-unpack"), source, directory, str(cores), str(max(5, runs // 2))])[0]
+        rate = found["memory"] / statistics.median(found["unpack_us"])
+        times = []
+        for _ in range(max(5, runs // 2)):
+            began = time.perf_counter()
+            process.run(["lz4", "-q", "-dc", "-f", packed, directory / "out"])
+            times.append(time.perf_counter() - began)
+            (directory / "out").unlink()
+        reference = source.stat().st_size / statistics.median(times) / 1e6
+    yield Figure(f"unpack of a RAM blob on {cores} cores", round(rate), "MB/s", f"lz4 -dc {reference:.0f} MB/s", round(rate / reference, 3),
+                 f"ratio >= {0.8 * cores}", rate >= 0.8 * cores * reference)
+
+
+def _ram_image(bed: Bed, args: str, mib: int) -> str:
+    """An image of a guest that waits to be restored, in the local store and in containerd."""
+    layout = bed.dir / f"resume-{mib}"
+    process.run([program("ovm"), "build", "--kernel", _guest("resume"), "--args", args or "bare", "--name", "resume", "--version", "1",
+                 "--tag", "localhost/resume:1", "--memory", f"{mib}M", "-o", layout], env=bed.ovms.env)
+    base = bed.registry.push(layout, f"resume{mib}:1", "--preserve-digests")
+    bed.containerd.ctr("images", "pull", "--plain-http", "--snapshotter", "ovms", base)
+    console = bed.dir / "origin.console"
+    bed.vm(base, "origin", "-d", "--log-uri", f"file://{console}")
+    bed.await_console(console, "waiting")
+    ref = bed.registry.ref(f"resume{mib}:ram")
+    bed.ovms.ovm("snapshot", f"{bed.namespace}/origin", "-t", ref)
+    bed.containerd.ctr("task", "kill", "-s", "SIGKILL", "origin")
+    bed.await_state("origin", "STOPPED")
+    bed.containerd.ctr("task", "delete", "origin", status=None)
+    bed.containerd.ctr("containers", "delete", "origin")
+    bed.containerd.ctr("images", "pull", "--plain-http", "--snapshotter", "ovms", ref)
+    time.sleep(_JUMP)
+    return ref
+
+
+def _timed(body: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    body()
+    return (time.perf_counter() - began) * 1000
+
+
+def _images(runs: int) -> Iterator[Figure]:
+    with native_bed() as bed:
+        image = _ram_image(bed, "", 2048)
+        bed.containerd.import_layout(bed.ordinary(oci.busybox()))
+        ordinary = next(name for name in bed.image_names() if "busybox" in name)
+        ours, theirs = [], []
+        # The first pair unpacks and warms up, and is not counted.
+        for run in range(runs + 1):
+            pair = (_timed(lambda run=run: bed.vm(image, f"vm{run}", "--rm")),
+                    _timed(lambda run=run: bed.containerd.ctr("run", "--rm", ordinary, f"runc{run}", "/bin/true")))
+            if run:
+                ours.append(pair[0])
+                theirs.append(pair[1])
+        yield compared("ctr run --rm of a RAM-snapshot image, 2 GiB", statistics.median(ours), "ms",
+                       "runc with true", statistics.median(theirs), 1.0)
+        bed.ovms.ovm("pull", image)
+        times = [_first_byte(bed, image) for _ in range(runs * 5 + 1)][1:]
+        yield Figure("ovm run of a RAM-snapshot image to the first guest byte, 2 GiB", round(statistics.median(times), 3), "ms")
+        yield _fast_enough("ovm run of a RAM-snapshot image to the first guest byte, 2 GiB", times, 10)
+
+
+def _first_byte(bed: Bed, image: str) -> float:
+    """Milliseconds from the start of the command to the guest's first byte."""
+    reader, writer = os.pipe()
+    try:
+        began = time.perf_counter()
+        child = process.spawn([str(program("ovm")), "run", image], stdout=writer, env=os.environ | bed.ovms.env)
+        os.close(writer)
+        byte = os.read(reader, 1)
+        took = (time.perf_counter() - began) * 1000
+        status = child.wait()
+    finally:
+        os.close(reader)
+    if byte != b"x" or status != 0:
+        raise CaseFailed(f"ovm run said {byte!r} and ended with {status}")
+    return took
+
+
+def _clones() -> Iterator[Figure]:
+    """A hundred clones of 256 MiB under containerd, each having dirtied 1 MiB."""
+    count, dirtied = 100, 1
+    with native_bed() as bed:
+        image = _ram_image(bed, f"fill=64 touch={dirtied} stay=1", 256)
+        names = [f"vm{number}" for number in range(count)]
+        for name in names:
+            bed.vm(image, name, "-d", "--null-io")
+        time.sleep(2)
+        vmms = [bed.containerd.task_pid(name) for name in names[::10]]
+        vmm = statistics.mean(memory.whole_mib(pid) for pid in vmms)
+        shims = [pid for pid, name in process.descendants().items() if "containerd-shim-ovms-v1" in name][::10]
+        shim = statistics.mean(memory.whole_mib(pid) for pid in shims)
+        yield bounded(f"one of {count} clones of 256 MiB beyond the {dirtied} MiB it dirtied", vmm - dirtied, "MiB PSS", 4.5)
+        yield bounded(f"shim of one of {count} clones", shim, "MiB PSS", 4)
+
+
+#: Size, then pages that the guest writes each tick and how long it idles between: about 100 MB/s.
+_SIZES = (128, 512, 2048, 8192)
+
+
+def _standstill() -> Iterator[Figure]:
+    for kind, where, below in (("booted", "", _TMPFS), ("clone", "RAM on tmpfs", _TMPFS), ("clone", "RAM on disk", _DISK)):
+        for mib in _SIZES:
+            with _scratch(below) as directory:
+                argv = [program("ovms-bench-still"), program("ovms-vmm"), _guest("tally"), str(mib << 20), kind, directory, "2000", "20000", "3"]
+                reports = _json(argv)
+            worst = max(report["report"]["stood_micros"] for report in reports) / 1000
+            rate = statistics.median(report["rate"] for report in reports)
+            name = f"stand-still for a snapshot, {kind}{', ' + where if where else ''}, {mib} MiB half dirty, guest writes {rate:.0f} MB/s"
+            yield bounded(name, worst, "ms", 10) if rate <= 100 or not where.endswith("disk") else Figure(name, round(worst, 3), "ms")
