@@ -52,6 +52,7 @@ fn main() -> ExitCode {
         ("two_at_once_make_it_once", two_at_once),
         ("what_a_killed_maker_left_is_replaced", killed),
         ("giving_up_leaves_nothing", giving_up),
+        ("a_killed_worker_is_an_error_that_leaves_nothing", killed_worker),
         ("layout_with_ram_gives_a_record_with_ram", layout_with_ram),
         ("layout_without_the_blob_names_it", layout_without),
     ];
@@ -220,7 +221,7 @@ fn hostile(dir: &Path) {
         assert!(matches!(error, Error::Ram { .. }), "{error:?}");
         let text = told(&error);
         assert!(text.contains(want) && text.contains(&digest.to_string()), "{want}: {text}");
-        assert_eq!(names(&root), [String::new(); 0]);
+        assert!(names(&root).is_empty(), "{:?}", names(&root));
     };
     refused(b"not one", None, false, 1 << 30, "no RAM snapshot");
     refused(&lz4_of_something(), None, false, 1 << 30, "no RAM snapshot");
@@ -288,7 +289,7 @@ fn killed(dir: &Path) {
     let mut line = [0; 7];
     std::io::Read::read_exact(victim.stdout.as_mut().unwrap(), &mut line).unwrap();
     let left = format!(".{}.new", digest.hex());
-    assert_eq!(names(&root), [left.clone()]);
+    assert_eq!(names(&root), std::slice::from_ref(&left));
     // Another one's sweep leaves alone what has a maker.
     unpack(&root, vec![opened(dir, other)], 1);
     assert!(names(&root).contains(&left));
@@ -309,7 +310,22 @@ fn giving_up(dir: &Path) {
     let (root, digest) = (root(dir), blob(dir, &memory(32 * MIB, 17), None));
     let error = ram::unpack(&root, vec![opened(dir, digest)], &options(1), &mut |_| false).unwrap_err();
     assert!(matches!(error, Error::Cancelled), "{error:?}");
-    assert_eq!(names(&root), [String::new(); 0]);
+    assert!(names(&root).is_empty(), "{:?}", names(&root));
+}
+
+fn killed_worker(dir: &Path) {
+    let (root, digest) = (root(dir), blob(dir, &memory(64 * MIB, 19), None));
+    let me = std::process::id();
+    let mut kill = |_: Progress| {
+        let children = fs::read_to_string(format!("/proc/{me}/task/{me}/children")).unwrap();
+        for child in children.split_whitespace() {
+            assert!(Command::new("kill").args(["-9", child]).status().unwrap().success());
+        }
+        true
+    };
+    let error = ram::unpack(&root, vec![opened(dir, digest)], &options(1), &mut kill).unwrap_err();
+    assert!(told(&error).contains("its worker failed: it ended without an answer (killed by signal 9)"), "{error:?}");
+    assert!(names(&root).is_empty(), "{:?}", names(&root));
 }
 
 /// An image with a RAM blob.
