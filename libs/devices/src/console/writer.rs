@@ -23,6 +23,9 @@ const SOFT_LIMIT: usize = 64 << 10;
 const HARD_LIMIT: usize = 1 << 20;
 /// Bytes per write: a pipe that polls writable takes this many without blocking (PIPE_BUF).
 const CHUNK: usize = 4096;
+/// How long after a write the next bytes may be gathered for one more, unless a line ends first. A UART gives every byte
+/// alone: without this each would cost a wake-up and a write, and whoever reads as much again.
+const GATHER: Duration = Duration::from_millis(10);
 
 #[derive(Default)]
 struct Ring {
@@ -30,6 +33,13 @@ struct Ring {
     /// Bytes that the thread has taken out and not yet written.
     in_flight: usize,
     closed: bool,
+}
+
+impl Ring {
+    /// Whether waiting for more would gain nothing.
+    fn is_worth_writing(&self) -> bool {
+        self.closed || self.bytes.len() >= CHUNK || self.bytes.back() == Some(&b'\n')
+    }
 }
 
 struct Shared {
@@ -117,7 +127,7 @@ impl ByteSink for Writer {
         let was_empty = ring.bytes.is_empty();
         ring.bytes.extend(taken);
         self.shared.full.store(ring.bytes.len() >= SOFT_LIMIT, Ordering::Release);
-        if was_empty {
+        if was_empty || ring.is_worth_writing() {
             self.shared.changed.notify_all();
         }
     }
@@ -143,8 +153,10 @@ impl ByteSink for Writer {
 impl Shared {
     fn run(&self, mut out: File) {
         let mut chunk = Vec::with_capacity(CHUNK);
-        while self.take(&mut chunk) {
+        let mut gather_until = Instant::now();
+        while self.take(&mut chunk, gather_until) {
             let written = self.write_all(&mut out, &chunk);
+            gather_until = Instant::now() + GATHER;
             let dropped = chunk.len().saturating_sub(written);
             self.lost.fetch_add(dropped as u64, Ordering::Relaxed);
             lock(&self.ring).in_flight = 0;
@@ -152,8 +164,9 @@ impl Shared {
         }
     }
 
-    /// Takes the next chunk out of the ring; waits for one. `false` when the ring is closed and empty.
-    fn take(&self, chunk: &mut Vec<u8>) -> bool {
+    /// Takes the next chunk out of the ring; waits for one, and until the given time for one that is worth a write.
+    /// `false` when the ring is closed and empty.
+    fn take(&self, chunk: &mut Vec<u8>, gather_until: Instant) -> bool {
         chunk.clear();
         let mut ring = lock(&self.ring);
         while ring.bytes.is_empty() {
@@ -161,6 +174,13 @@ impl Shared {
                 return false;
             }
             ring = self.changed.wait(ring).unwrap_or_else(PoisonError::into_inner);
+        }
+        while !ring.is_worth_writing() {
+            let left = gather_until.saturating_duration_since(Instant::now());
+            if left == Duration::ZERO {
+                break;
+            }
+            ring = self.changed.wait_timeout(ring, left).unwrap_or_else(PoisonError::into_inner).0;
         }
         let count = ring.bytes.len().min(CHUNK);
         chunk.extend(ring.bytes.drain(..count));
@@ -194,6 +214,7 @@ impl Shared {
 mod tests {
     use super::*;
     use std::io::{pipe, Read};
+    use std::os::unix::net::UnixDatagram;
 
     fn soon() -> Instant {
         Instant::now() + Duration::from_secs(10)
@@ -216,6 +237,38 @@ mod tests {
         }
         assert_eq!(sink.flush_and_close(soon()), 0);
         assert_eq!(reading.join().unwrap(), expected);
+    }
+
+    #[test]
+    fn bytes_that_come_alone_are_gathered_to_lines() {
+        // A packet socket keeps the borders of writes.
+        let (reader, writer) = UnixDatagram::pair().unwrap();
+        let sink = Writer::spawn(OwnedFd::from(writer), &Spawner::default()).unwrap();
+        let line = b"the guest speaks\n";
+        for byte in line.iter().chain(line).chain(line) {
+            sink.push(std::slice::from_ref(byte));
+        }
+        assert_eq!(sink.flush_and_close(soon()), 0);
+        let mut writes = Vec::new();
+        reader.set_nonblocking(true).unwrap();
+        let mut buffer = [0; CHUNK];
+        while let Ok(count) = reader.recv(&mut buffer) {
+            writes.push(buffer[..count].to_vec());
+        }
+        assert_eq!(writes.concat(), line.repeat(3));
+        // The first byte goes at once; how the scheduler cuts the rest is its own affair.
+        assert!(writes.len() < line.len(), "{writes:?}");
+    }
+
+    #[test]
+    fn unfinished_line_is_written_without_more() {
+        let (mut reader, writer) = pipe().unwrap();
+        let sink = Writer::spawn(writer.into(), &Spawner::default()).unwrap();
+        sink.push(b"login\r\n");
+        sink.push(b"# ");
+        let mut got = [0; 9];
+        reader.read_exact(&mut got).unwrap();
+        assert_eq!(&got, b"login\r\n# ");
     }
 
     #[test]
