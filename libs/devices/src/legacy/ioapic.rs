@@ -219,8 +219,10 @@ impl Ioapic {
     }
 
     fn tell_routes(&self) {
+        // A pin in service counts as one that is not masked: its EOI has to come here.
+        let routed = |pin: &PinV1| !pin.has(ENTRY_MASKED) || pin.has(ENTRY_REMOTE_IRR);
         let routes: Vec<Option<MsiMessage>> =
-            lock(&self.state).pins.iter().map(|p| (!p.has(ENTRY_MASKED)).then(|| p.message())).collect();
+            lock(&self.state).pins.iter().map(|pin| routed(pin).then(|| pin.message())).collect();
         for (pin, message) in routes.into_iter().enumerate() {
             self.routes.route(pin, message);
         }
@@ -319,6 +321,14 @@ impl Persist for Ioapic {
             state.pins.iter().position(|pin| pin.has(reserved) || (pin.has(ENTRY_REMOTE_IRR) && !pin.has(ENTRY_LEVEL)));
         if let Some(pin) = wrong {
             return invalid(format!("pin {pin} with reserved bits"));
+        }
+        let loose = {
+            let wires = lock(&self.wires);
+            let beyond = |used: u32| u32::MAX.checked_shl(used).unwrap_or(0);
+            state.pins.iter().zip(wires.iter()).position(|(pin, used)| pin.wires & beyond(*used) != 0)
+        };
+        if let Some(pin) = loose {
+            return invalid(format!("pin {pin} with a wire that leads nowhere"));
         }
         *lock(&self.state) = state;
         self.tell_routes();
@@ -422,17 +432,45 @@ mod tests {
             state.pins[3].entry = entry;
             state
         };
+        let with_wire = |wire| {
+            let mut state = good.clone();
+            state.pins[3].wires = wire;
+            state
+        };
+        let _wire = ioapic.pin(3).unwrap();
         let restore = |state: &StateV1| ioapic.restore(&Section::encode(KIND, VERSION, state).unwrap());
         for bad in [
             with_entry(ENTRY_REMOTE_IRR),
             with_entry(ENTRY_STATUS),
             with_entry(1 << 40),
             StateV1 { id: 1, ..good.clone() },
+            with_wire(2),
             StateV1 { pins: good.pins[1..].to_vec(), ..good.clone() },
         ] {
             assert!(matches!(restore(&bad), Err(StateError::Invalid { .. })), "{bad:?}");
         }
         restore(&with_entry(ENTRY_REMOTE_IRR | ENTRY_LEVEL)).unwrap();
+        restore(&with_wire(1)).unwrap();
+    }
+
+    #[derive(Default)]
+    struct RouteLog(Mutex<Vec<(usize, Option<MsiMessage>)>>);
+
+    impl IoapicRoutes for RouteLog {
+        fn route(&self, pin: usize, message: Option<MsiMessage>) {
+            lock(&self.0).push((pin, message));
+        }
+    }
+
+    #[test]
+    fn restore_routes_a_masked_pin_that_is_in_service() {
+        let routes = Arc::<RouteLog>::default();
+        let ioapic = Ioapic::new(Arc::<MsiLog>::default(), Some(routes.clone()));
+        let mut state = StateV1::power_on();
+        state.pins[9].entry = ENTRY_MASKED | ENTRY_LEVEL | ENTRY_REMOTE_IRR | 0x55;
+        ioapic.restore(&Section::encode(KIND, VERSION, &state).unwrap()).unwrap();
+        let routed: Vec<usize> = lock(&routes.0).iter().filter(|(_, m)| m.is_some()).map(|(pin, _)| *pin).collect();
+        assert_eq!(routed, [9]);
     }
 
     #[test]
