@@ -196,6 +196,13 @@ pub(crate) fn holder_path(data: &Path) -> PathBuf {
 /// # Errors
 /// [`Error::Io`], [`Error::Disk`].
 pub fn create_top(paths: &TopPaths, size: u64) -> Result<()> {
+    let (data, map) = make_top(paths, size)?;
+    data.sync_all().map_err(Error::io("sync", &paths.data))?;
+    map.sync_all().map_err(Error::io("sync", &paths.map))
+}
+
+/// [`create_top`] for a top that need not outlive the host's own end.
+pub(crate) fn make_top(paths: &TopPaths, size: u64) -> Result<(File, File)> {
     let create = |path: &Path| {
         let mut options = OpenOptions::new();
         options.read(true).write(true).create_new(true).mode(0o600);
@@ -203,8 +210,7 @@ pub fn create_top(paths: &TopPaths, size: u64) -> Result<()> {
     };
     let (data, map) = (create(&paths.data)?, create(&paths.map)?);
     Top::create(&data, &map, size).map_err(Error::disk(&paths.data))?;
-    data.sync_all().map_err(Error::io("sync", &paths.data))?;
-    map.sync_all().map_err(Error::io("sync", &paths.map))
+    Ok((data, map))
 }
 
 #[cfg(test)]

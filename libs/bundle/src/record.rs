@@ -123,10 +123,23 @@ impl Record {
     /// # Errors
     /// [`Error::Io`], [`Error::Record`].
     pub fn save(&self, path: &Path) -> Result<()> {
+        let text = self.text(path)?;
+        write_new(path, |file| file.write_all(&text).map_err(Error::io("write", path)))
+    }
+
+    /// The record's bytes; errors name `path`.
+    pub(crate) fn text(&self, path: &Path) -> Result<Vec<u8>> {
         let bad = |e: serde_json::Error| Error::Record { path: path.to_owned(), why: e.to_string() };
         let mut text = serde_json::to_vec_pretty(self).map_err(bad)?;
         text.push(b'\n');
-        write_new(path, |file| file.write_all(&text).map_err(Error::io("write", path)))
+        Ok(text)
+    }
+
+    /// Every file that it names.
+    pub(crate) fn paths(&self) -> Vec<PathBuf> {
+        let mut paths = Vec::new();
+        self.clone().each_path(|path| paths.push(path.clone()));
+        paths
     }
 
     fn each_path(&mut self, mut change: impl FnMut(&mut PathBuf)) {

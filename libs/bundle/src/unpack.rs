@@ -5,15 +5,21 @@
 //!  <cache>/tables/<digest of the list of layers>    each stack once
 //!  <cache>/blobs/<digest>                           kernels and initial RAM disks
 //!  <cache>/ram/<digest>/                            RAM snapshots, each once (crate::ram)
+//!  <cache>/images/<digest>.json                     the template of an image whose every part is there; its time says
+//!                                                   when it was last used
 //!  <cache>/tmp/                                     what is being made
+//!  <cache>/lock                                     shared: by who uses the cache   exclusive: by who removes from it
 //! ```
 //! Everything is made under `tmp`, synced and renamed, so the cache can be shared by processes and survives any crash.
 //! An instance is a directory of its own with a record and a fresh top; it names the cache's files by their paths.
 
+mod prune;
+mod template;
+
 use std::{
     fs::{self, File, OpenOptions},
     io::{self, Read, Write},
-    os::unix::fs::OpenOptionsExt,
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
     path::{Path, PathBuf},
     thread,
     time::Duration,
@@ -23,19 +29,22 @@ use ovms_artifact::{
     digest::Digest,
     image::{Blob, Disk as ImageDisk},
     layout::Layout,
+    oci::Descriptor,
 };
 use ovms_config::vm::MAX_LAYERS;
 use ovms_disk::Table;
 
 use crate::{
-    create_top, layer,
-    publish::{publish, sync, write_new},
+    layer,
+    publish::{publish, write_new},
     ram,
     ram::RamOptions,
     record::{Disk, RECORD_VERSION},
     worker::{Job, Launcher, Limits, Outcome, Progress, Source, Unpacked},
-    Error, Ram, Record, Result, TopPaths,
+    Error, Ram, Record, Result,
 };
+
+pub use template::instantiate;
 
 /// Name of the record in an instance's directory.
 pub const RECORD: &str = "bundle.json";
@@ -74,19 +83,45 @@ pub struct Cache {
     options: Options,
 }
 
+/// Keeps what a cache has from being removed.
+#[derive(Debug)]
+pub struct Held {
+    _lock: File,
+}
+
 impl Cache {
-    /// Opens the cache in `root` and makes it if it is not there.
+    /// Opens the cache in `root` and makes it, for its owner alone, if it is not there.
     ///
     /// # Errors
     /// [`Error::Io`].
     pub fn open(root: &Path, options: Options) -> Result<Cache> {
-        for dir in ["layers", "tables", "blobs", "ram", "tmp"] {
-            let dir = root.join(dir);
-            fs::create_dir_all(&dir).map_err(Error::io("create", &dir))?;
+        let root = std::path::absolute(root).map_err(Error::io("open", root))?;
+        // The last of them is there only if all are: a start from a prepared cache makes one system call here.
+        if !root.join("tmp").exists() {
+            for dir in ["layers", "tables", "blobs", "ram", "images", "tmp"] {
+                let dir = root.join(dir);
+                let mut private = fs::DirBuilder::new();
+                private.recursive(true).mode(0o700).create(&dir).map_err(Error::io("create", &dir))?;
+            }
         }
-        let root = root.canonicalize().map_err(Error::io("open", root))?;
-        sweep(&root.join("tmp"));
         Ok(Cache { root, options })
+    }
+
+    /// Nothing is removed from the cache as long as the answer lives; instances that are made meanwhile and handed to
+    /// [`Cache::prune`] are safe afterwards, too.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn hold(&self) -> Result<Held> {
+        let (path, lock) = self.lock_file()?;
+        lock.lock_shared().map_err(Error::io("lock", path))?;
+        Ok(Held { _lock: lock })
+    }
+
+    fn lock_file(&self) -> Result<(PathBuf, File)> {
+        let path = self.root.join("lock");
+        let open = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path);
+        Ok((path.clone(), open.map_err(Error::io("open", path))?))
     }
 
     /// Makes everything that the image in the layout (directory or tar; by tag if it has several) needs and is not
@@ -96,10 +131,20 @@ impl Cache {
     /// [`Error`] naming document, blob or layer; what was made whole before stays in the cache.
     pub fn unpack_layout(&self, layout: &Path, tag: Option<&str>, tell: &mut dyn FnMut(Step)) -> Result<Record> {
         let layout = Layout::open(layout).map_err(Error::Layout)?;
-        let image = layout.load(tag).map_err(Error::Layout)?;
+        let image = layout.select(tag).map_err(Error::Layout)?;
+        self.unpack(&layout, &image, tell)
+    }
+
+    /// [`Cache::unpack_layout`] of an image that was chosen already; [`Cache::template`] has it at once from then on.
+    ///
+    /// # Errors
+    /// [`Error`] naming document, blob or layer; what was made whole before stays in the cache.
+    pub fn unpack(&self, layout: &Layout, image: &Descriptor, tell: &mut dyn FnMut(Step)) -> Result<Record> {
+        sweep(&self.root.join("tmp"));
+        let image = layout.load_image(image).map_err(Error::Layout)?;
         let resolved = image.resolved;
         let mut boot =
-            |what, blob: Option<&Blob>| blob.map(|blob| self.boot_file(&layout, what, blob, tell)).transpose();
+            |what, blob: Option<&Blob>| blob.map(|blob| self.boot_file(layout, what, blob, tell)).transpose();
         let kernel = boot("kernel", resolved.kernel.as_ref())?;
         let initrd = boot("initrd", resolved.initrd.as_ref())?;
         let disk = match resolved.disks.as_slice() {
@@ -108,19 +153,19 @@ impl Cache {
                 let count = disks.len();
                 return Err(Error::Image(format!("the disk has {count} layers, at most {MAX_LAYERS} are supported")));
             }
-            disks => Some(self.disk(&layout, disks, tell)?),
+            disks => Some(self.disk(layout, disks, tell)?),
         };
         let ram = match (&resolved.ram_snapshot, &self.options.max_ram) {
             (Some(newest), Some(max)) => {
                 let others = image.parts.ram_snapshots.iter().chain(&image.parts.others);
                 let blobs: Vec<_> = std::iter::once(newest).chain(others).collect();
-                let mut ram = self.ram(&layout, newest, &blobs, *max, tell)?;
+                let mut ram = self.ram(layout, newest, &blobs, *max, tell)?;
                 ram.mlock = resolved.manifest.ram_snapshot.as_ref().is_some_and(|ram| ram.mlock_required);
                 Some(ram)
             }
             _ => None,
         };
-        Ok(Record {
+        let record = Record {
             version: RECORD_VERSION,
             image: Some(image.image.digest.to_string()),
             manifest: resolved.manifest,
@@ -128,7 +173,9 @@ impl Cache {
             initrd,
             disk,
             ram,
-        })
+        };
+        self.keep_template(&image.image.digest, &record)?;
+        Ok(record)
     }
 
     /// The RAM snapshot with its chain; `blobs` are all that could be part of it.
@@ -306,22 +353,4 @@ fn copy(from: &mut dyn Read, to: &mut File, size: u64, progress: &mut dyn FnMut(
             Err(e) => return Err(e),
         }
     }
-}
-
-/// Makes an instance of a template in `dir`, which must exist and hold none yet: a fresh top and the record, whose
-/// path is returned.
-///
-/// # Errors
-/// [`Error::Io`], [`Error::Disk`].
-pub fn instantiate(template: &Record, dir: &Path) -> Result<PathBuf> {
-    let mut record = template.clone();
-    if let Some(disk) = &mut record.disk {
-        let top = TopPaths { data: dir.join("top.data"), map: dir.join("top.map") };
-        create_top(&top, disk.virtual_size)?;
-        disk.top = Some(TopPaths { data: "top.data".into(), map: "top.map".into() });
-    }
-    let path = dir.join(RECORD);
-    record.save(&path)?;
-    sync(dir).map_err(Error::io("sync", dir))?;
-    Ok(path)
 }
