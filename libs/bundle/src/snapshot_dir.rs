@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use ovms_artifact::digest::{Digest, Hasher};
+use ovms_artifact::digest::Hasher;
 use ovms_disk::{qcow2::Plan, Stack, StackFiles, TopFiles};
 
 use crate::{
@@ -51,7 +51,7 @@ impl SnapshotDir {
     ///
     /// # Errors
     /// [`Error::Io`], [`Error::Cancelled`].
-    pub fn measure_ram(&self, cancelled: &dyn Fn() -> bool) -> Result<(Digest, u64)> {
+    pub fn measure_ram(&self, cancelled: &dyn Fn() -> bool) -> Result<(String, u64)> {
         let path = self.dir.join(SNAPSHOT_RAM);
         let mut file = File::open(&path).map_err(Error::io("open", &path))?;
         let (mut hasher, mut buffer) = (Hasher::new(), vec![0; STEP]);
@@ -64,7 +64,8 @@ impl SnapshotDir {
                 read => hasher.update(buffer.get(..read).unwrap_or_default()),
             }
         }
-        Ok((hasher.size(), hasher.finish())).map(|(size, digest)| (digest, size))
+        let size = hasher.size();
+        Ok((hasher.finish().to_string(), size))
     }
 
     /// Writes what the disk's frozen tops add to its layers.
@@ -155,6 +156,7 @@ impl Write for Hashing<'_> {
 mod tests {
     use super::*;
     use crate::{create_top, Manifest, SnapshotRam, TopPaths, SNAPSHOT_VERSION};
+    use ovms_artifact::digest::Digest;
     use ovms_disk::{Table, Top};
 
     const SIZE: u64 = 1 << 20;
@@ -175,9 +177,9 @@ mod tests {
         Disk { virtual_size: SIZE, table, layers: vec![], frozen: vec![top], top: None, read_only: false }
     }
 
-    fn record(ram: (Digest, u64), disk: SnapshotDisk) -> SnapshotRecord {
+    fn record(ram: (String, u64), disk: SnapshotDisk) -> SnapshotRecord {
         let ram = SnapshotRam {
-            digest: ram.0.to_string(),
+            digest: ram.0,
             size: ram.1,
             parents: Vec::new(),
             vcpus: 1,

@@ -2,13 +2,14 @@
 //!
 //! ```text
 //!  new top ──record──> Snapshot ──> rounds of copying ──> the instant ──────────────────> the blob is complete
-//!  (empty, locked)     │ refused or cancelled: the new     │ vCPUs saved, top frozen       │ digests, snapshot.json
-//!                      └ top leaves the record             └ disk.qcow2 is written beside  └ the directory is complete
+//!  (empty, locked)     │ refused or cancelled: the new     │ vCPUs saved, top frozen       │ disk.qcow2, digests,
+//!                      └ top leaves the record             └                               └ snapshot.json: complete
 //! ```
 //! Whatever fails, the machine goes on, the directory is empty again, and the bundle's record says what is frozen.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use ovms_bundle::{
@@ -74,7 +75,7 @@ impl Machine {
         dir: &Path,
         options: SnapshotOptions,
         progress: &mut dyn FnMut(&str),
-        cancelled: &dyn Fn() -> bool,
+        cancelled: &(dyn Fn() -> bool + Sync),
     ) -> Result<SnapshotRecord> {
         self.started()?;
         let _one = One::take(&self.inner)?;
@@ -100,7 +101,7 @@ struct Taking<'a> {
     dir: &'a Path,
     options: SnapshotOptions,
     progress: &'a mut dyn FnMut(&str),
-    cancelled: &'a dyn Fn() -> bool,
+    cancelled: &'a (dyn Fn() -> bool + Sync),
     began: Instant,
 }
 
@@ -138,14 +139,20 @@ impl Taking<'_> {
                 take_back(inner, top);
             }
         }
-        drop(turn);
         let (id, stood_micros) = instant?;
-
         (self.progress)(&format!("the guest stood still for {stood_micros} µs"));
-        let disk = record.disk.clone().map(frozen).map(|disk| dir.write_disk(&disk, self.cancelled)).transpose();
-        let disk = disk.map_err(bundle_error).inspect_err(|_| self.give_up(id))?;
         let report = self.completion(id)?;
-        let record = self.describe(&dir, record, &report, disk)?;
+        drop(turn);
+
+        (self.progress)("the memory is written; disk and digests follow");
+        let cancelled = self.cancelled;
+        let (ram, disk) = thread::scope(|scope| {
+            let ram = scope.spawn(|| dir.measure_ram(cancelled));
+            let disk = record.disk.clone().map(frozen).map(|disk| dir.write_disk(&disk, cancelled)).transpose();
+            (ram.join(), disk)
+        });
+        let ram = ram.unwrap_or(Err(ovms_bundle::Error::Cancelled)).map_err(bundle_error)?;
+        let record = self.describe(ram, record, &report, disk.map_err(bundle_error)?)?;
         dir.finish(&record).map_err(bundle_error)?;
         let elapsed = self.began.elapsed();
         tracing::info!(id = inner.id, ?report, ?elapsed, digest = record.ram.digest, "a RAM snapshot was taken");
@@ -217,15 +224,13 @@ impl Taking<'_> {
 
     /// What was taken, from the files alone: the VMM is in its guest's reach.
     fn describe(
-        &mut self,
-        dir: &SnapshotDir,
+        &self,
+        (digest, size): (String, u64),
         record: Record,
         report: &SnapshotReport,
         disk: Option<SnapshotDisk>,
     ) -> Result<SnapshotRecord> {
         let inner = &self.machine.inner;
-        (self.progress)("the memory is written; its digest is computed");
-        let (digest, size) = dir.measure_ram(self.cancelled).map_err(bundle_error)?;
         let unusable = || "the RAM snapshot that the VMM wrote cannot be used";
         let blob = std::fs::File::open(self.dir.join(SNAPSHOT_RAM)).map_err(Error::io(unusable()))?;
         let blob = Blob::open(blob).map_err(|err| Error::new(Kind::Internal, unusable()).because(err))?;
@@ -236,7 +241,7 @@ impl Taking<'_> {
         }
         let parents = ram.into_iter().flat_map(|ram| std::iter::once(&ram.digest).chain(&ram.parents)).cloned();
         let ram = SnapshotRam {
-            digest: digest.to_string(),
+            digest,
             size,
             parents: parents.collect(),
             vcpus: head.vcpus,

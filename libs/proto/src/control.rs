@@ -50,7 +50,9 @@ pub enum Command {
     /// map of a new top (both empty) for every disk that the guest may write, in the disks' order. At one instant vCPUs and
     /// devices are saved and the tops frozen ([`Event::SnapshotTaken`]); the reply, [`Answer::Snapshot`], comes when the
     /// blob is complete and durable. Other commands are answered meanwhile. On an error, or after
-    /// [`Command::CancelSnapshot`], the machine goes on as if nothing had been; a top that was frozen stays so.
+    /// [`Command::CancelSnapshot`], the machine goes on as if nothing had been; a top that was frozen stays so. Tops are
+    /// frozen if and only if [`Event::SnapshotTaken`] comes before the reply, and their files hold everything once the reply
+    /// has come.
     Snapshot(SnapshotCommand),
     /// Give up the snapshot that is being taken; its own reply says so. No change if none is.
     CancelSnapshot,
