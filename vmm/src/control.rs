@@ -1,6 +1,8 @@
 //! The owner of a machine: takes commands from the control socket and mail from processors and devices, one at a
 //! time, and answers each command once it is done.
 
+mod snapshot;
+
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -12,9 +14,11 @@ use thiserror::Error;
 use crate::machine::Machine;
 use crate::mailbox::{Mail, Mailbox};
 use crate::report;
+use crate::snapshot::Snapshots;
 use crate::timeline::Recorder;
 use crate::transition::{self, Action, Input, Refused};
 use crate::wiring::FreezeError;
+use snapshot::{Current, SnapshotFailure};
 
 /// How long a guest's last console output may take to be written, when nobody reads it.
 const CONSOLE_DEADLINE: Duration = Duration::from_secs(5);
@@ -24,8 +28,8 @@ const CONSOLE_DEADLINE: Duration = Duration::from_secs(5);
 enum CommandError {
     #[error("the machine cannot do that now")]
     Refused(#[from] Refused),
-    #[error("this VMM cannot take a RAM snapshot yet")]
-    Snapshot,
+    #[error("no snapshot is taken")]
+    Snapshot(#[source] SnapshotFailure),
     #[error("the disk is as it was")]
     Freeze(#[from] FreezeError),
 }
@@ -35,30 +39,39 @@ pub struct Owner {
     channel: Channel,
     mailbox: Mailbox,
     machine: Machine,
+    snapshots: Snapshots,
     state: MachineState,
     timeline: Recorder,
+    /// The snapshot that is being taken.
+    current: Option<Current>,
+    /// The guest is gone for this reason, and its snapshot may be completed until then.
+    ending: Option<(ExitReason, Instant)>,
 }
 
 impl Owner {
     /// Takes over `machine`, whose processors stand.
-    pub fn new(channel: Channel, mailbox: Mailbox, machine: Machine, timeline: Recorder) -> Self {
-        Self { channel, mailbox, machine, state: MachineState::Configured, timeline }
+    pub fn new(channel: Channel, mailbox: Mailbox, machine: Machine, snapshots: Snapshots, timeline: Recorder) -> Self {
+        let state = MachineState::Configured;
+        Self { channel, mailbox, machine, snapshots, state, timeline, current: None, ending: None }
     }
 
     /// Serves commands until the guest is gone or the engine is. All that the guest has said is written by then.
     pub fn run(&mut self) -> ExitReason {
         loop {
-            let ready = match wait(&self.channel, &self.mailbox) {
+            let deadline = self.ending.as_ref().map(|(_, deadline)| *deadline);
+            let ready = match wait(&self.channel, &self.mailbox, deadline) {
                 Ok(ready) => ready,
                 Err(err) => return ExitReason::Fault { message: format!("the owner cannot wait: {err}") },
             };
+            if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+                if let Some(reason) = self.give_up_completion() {
+                    return self.end(reason);
+                }
+            }
             if ready.mail {
                 for mail in self.mailbox.take() {
-                    match mail {
-                        Mail::FirstExit => {
-                            self.say(&FromVmm::Event(Event::FirstExit { micros: self.timeline.micros() }))
-                        }
-                        Mail::Exit(reason) => return self.end(reason),
+                    if let Some(reason) = self.open_mail(mail) {
+                        return self.end(reason);
                     }
                 }
             }
@@ -79,12 +92,36 @@ impl Owner {
         }
     }
 
-    fn answer(&mut self, request: Request, fds: Vec<OwnedFd>) {
-        let result = self.apply(&request.command, fds).map_err(|err| report::chain(&err));
-        self.say(&FromVmm::Reply { id: request.id, result });
+    /// Gives the reason to end, if there is one.
+    fn open_mail(&mut self, mail: Mail) -> Option<ExitReason> {
+        match mail {
+            Mail::FirstExit => {
+                self.say(&FromVmm::Event(Event::FirstExit { micros: self.timeline.micros() }));
+                None
+            }
+            Mail::WorkingSetRecorded => {
+                self.say(&FromVmm::Event(Event::WorkingSetRecorded));
+                None
+            }
+            // Only the first counts.
+            Mail::Exit(_) if self.ending.is_some() => None,
+            Mail::Exit(reason) => self.end_after_snapshot(reason),
+            Mail::Snapshot(notice) => self.hear(notice),
+        }
     }
 
-    fn apply(&mut self, command: &Command, fds: Vec<OwnedFd>) -> Result<Answer, CommandError> {
+    fn answer(&mut self, request: Request, fds: Vec<OwnedFd>) {
+        let Request { id, command } = request;
+        let result = match self.apply(id, &command, fds) {
+            Ok(None) => return,
+            Ok(Some(answer)) => Ok(answer),
+            Err(err) => Err(report::chain(&err)),
+        };
+        self.say(&FromVmm::Reply { id, result });
+    }
+
+    /// Does what is asked; no answer: it comes later.
+    fn apply(&mut self, id: u64, command: &Command, fds: Vec<OwnedFd>) -> Result<Option<Answer>, CommandError> {
         match command {
             Command::Run => self.transit(Input::Run)?,
             Command::Pause => self.transit(Input::Pause)?,
@@ -103,19 +140,25 @@ impl Owner {
             }
             Command::FreezeDisk { disk } => {
                 self.transit(Input::Tell)?;
+                self.refuse_during_snapshot()?;
                 self.machine.devices().freeze_disk(*disk, fds)?;
             }
-            Command::Snapshot(_) | Command::CancelSnapshot => return Err(CommandError::Snapshot),
-            Command::Status => return Ok(Answer::Status(self.status())),
+            Command::Snapshot(command) => {
+                self.begin_snapshot(id, command, fds)?;
+                return Ok(None);
+            }
+            Command::CancelSnapshot => self.cancel_snapshot(),
+            Command::Status => return Ok(Some(Answer::Status(self.status()))),
             Command::Kill => {}
         }
-        Ok(Answer::Done)
+        Ok(Some(Answer::Done))
     }
 
     fn transit(&mut self, input: Input) -> Result<(), Refused> {
         let (next, action) = transition::apply(self.state, input)?;
         match action {
             Action::Nothing => {}
+            _ if self.stands_for_copy() => {}
             Action::Open => self.machine.open(),
             // The guest may end while it is being stopped; its mail comes next.
             Action::Close if !self.machine.close() => return Err(Refused::Gone),
@@ -137,6 +180,9 @@ impl Owner {
     fn end(&mut self, reason: ExitReason) -> ExitReason {
         self.state = MachineState::Exited;
         self.machine.finish(Instant::now() + CONSOLE_DEADLINE);
+        if self.mailbox.take().contains(&Mail::WorkingSetRecorded) {
+            self.say(&FromVmm::Event(Event::WorkingSetRecorded));
+        }
         self.say(&FromVmm::Event(Event::Exited(reason.clone())));
         reason
     }
@@ -161,12 +207,16 @@ struct Ready {
     mail: bool,
 }
 
-fn wait(channel: &Channel, mailbox: &Mailbox) -> io::Result<Ready> {
+/// Waits for a command or mail, until `deadline` if there is one.
+fn wait(channel: &Channel, mailbox: &Mailbox, deadline: Option<Instant>) -> io::Result<Ready> {
     let poll = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
     let mut fds = [poll(channel.as_fd().as_raw_fd()), poll(mailbox.as_raw_fd())];
     loop {
+        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()).as_millis());
+        // A millisecond more, so that it does not come back just before.
+        let millis = left.map_or(-1, |left| i32::try_from(left).unwrap_or(i32::MAX).saturating_add(1));
         // SAFETY: `fds` is an array of two for as long as the call lasts.
-        let count = unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, -1) };
+        let count = unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, millis) };
         if count >= 0 {
             let [command, mail] = fds;
             return Ok(Ready { command: command.revents != 0, mail: mail.revents != 0 });

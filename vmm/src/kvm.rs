@@ -9,7 +9,10 @@ use std::io;
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 use std::thread::{Builder, JoinHandle};
 
-use kvm_bindings::{kvm_enable_cap, kvm_userspace_memory_region, CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES};
+use kvm_bindings::{
+    kvm_enable_cap, kvm_userspace_memory_region, CpuId, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_CAP_SPLIT_IRQCHIP,
+    KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_MAX_CPUID_ENTRIES,
+};
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use thiserror::Error;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
@@ -82,6 +85,7 @@ impl SupportedCpuid {
 pub struct Vm {
     kvm: Kvm,
     fd: VmFd,
+    manual_dirty_log: bool,
 }
 
 impl Vm {
@@ -110,7 +114,11 @@ impl Vm {
             }
         }
         let fd = kvm.create_vm().map_err(failed("KVM_CREATE_VM"))?;
-        let vm = Self { kvm, fd };
+        // Refused by kernels that cannot do it.
+        let mut manual = kvm_enable_cap { cap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, ..Default::default() };
+        manual.args[0] = u64::from(KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET);
+        let manual_dirty_log = fd.enable_cap(&manual).is_ok();
+        let vm = Self { kvm, fd, manual_dirty_log };
         vm.set_memory(ram)?;
         vm.set_reserved_pages()?;
         let mut split = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, ..Default::default() };
@@ -177,6 +185,12 @@ impl Vm {
     pub fn capabilities(&self, wanted: &[(Cap, &str)]) -> Vec<String> {
         let present = wanted.iter().filter(|(capability, _)| self.kvm.check_extension(*capability));
         present.map(|(_, name)| (*name).to_owned()).collect()
+    }
+
+    /// Whether reading the dirty log and taking write access away again are calls of their own (KVM_CLEAR_DIRTY_LOG), and
+    /// the log begins with every page written.
+    pub fn has_manual_dirty_log(&self) -> bool {
+        self.manual_dirty_log
     }
 
     /// The VM itself, for interrupts and ioeventfds.

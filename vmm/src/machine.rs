@@ -27,7 +27,8 @@ use crate::vcpu::gate::{Gate, Wanted};
 use crate::vcpu::regs::{self, RegsError};
 use crate::vcpu::run::{install_handler, Shared, Thread};
 use crate::vcpu::Vcpu;
-use crate::wiring::{Devices, Environment, InputOwner, WiringError};
+use crate::wiring::{Devices, Environment, WiringError};
+use crate::working_set::Watch;
 
 /// Why a machine cannot be built.
 #[derive(Debug, Error)]
@@ -77,6 +78,8 @@ pub struct Machine {
     devices: Devices,
     /// What the first processor says about itself.
     cpuid: Vec<CpuidEntry>,
+    /// Is told when a restored guest runs and when it has ended.
+    working_set: Option<Watch>,
     /// The devices are paused, and have to be told when the processors go on.
     paused: AtomicBool,
 }
@@ -110,7 +113,7 @@ impl Machine {
             ram: &ram,
             spec,
             spawner: &start.device,
-            input: saved.map_or_else(|| InputOwner::of(spec.cmdline()), Saved::input),
+            saved,
             events: event_sink(mail.clone(), Arc::clone(&gate)),
         };
         let devices = Devices::new(&environment, fds)?;
@@ -139,7 +142,7 @@ impl Machine {
         if let Some(saved) = saved {
             saved.check_machine(&devices)?;
         }
-        Ok(Self { vm, ram, vcpus, threads, shared, devices, cpuid, paused })
+        Ok(Self { vm, ram, vcpus, threads, shared, devices, cpuid, working_set: None, paused })
     }
 
     /// Gives the machine the state in which it boots `payload`.
@@ -171,6 +174,11 @@ impl Machine {
         Ok(())
     }
 
+    /// Tells `watch` of the guest's life from now on.
+    pub fn watch(&mut self, watch: Watch) {
+        self.working_set = Some(watch);
+    }
+
     /// Saves everything but memory and the content of disks. The machine must stand ([`Machine::close`]); it may go on
     /// afterwards.
     ///
@@ -185,6 +193,9 @@ impl Machine {
         if self.paused.swap(false, Ordering::Relaxed) {
             self.devices.resume();
         }
+        if let Some(watch) = &self.working_set {
+            watch.began();
+        }
         self.shared.gate.set(Wanted::Run);
     }
 
@@ -196,9 +207,19 @@ impl Machine {
         if self.shared.gate.wanted() != Wanted::Stand {
             return false;
         }
-        self.devices.pause();
-        self.paused.store(true, Ordering::Relaxed);
+        self.hold_devices();
+        if let Some(watch) = &self.working_set {
+            watch.stopped();
+        }
         true
+    }
+
+    /// Stops the devices while the processors go on, so that these need not stand until a disk has answered. Until
+    /// [`Machine::open`].
+    pub fn hold_devices(&self) {
+        if !self.paused.swap(true, Ordering::Relaxed) {
+            self.devices.pause();
+        }
     }
 
     /// Ends the processors for good and writes out what the guest has left behind, at the latest until `deadline`.
@@ -206,6 +227,9 @@ impl Machine {
         self.shared.gate.set(Wanted::Finish);
         self.kick();
         self.devices.finish(deadline);
+        if let Some(watch) = &self.working_set {
+            watch.finish();
+        }
     }
 
     fn kick(&self) {
@@ -213,6 +237,21 @@ impl Machine {
             thread.kick();
         }
         self.shared.console.kick();
+    }
+
+    /// The virtual machine.
+    pub fn vm(&self) -> &Arc<Vm> {
+        &self.vm
+    }
+
+    /// Its memory.
+    pub fn ram(&self) -> &Ram {
+        &self.ram
+    }
+
+    /// Number of its processors.
+    pub fn vcpus(&self) -> u32 {
+        self.vcpus.len() as u32
     }
 
     /// The machine's devices.

@@ -9,13 +9,19 @@ use std::sync::Arc;
 use ovms_proto::control::ExitReason;
 use vmm_sys_util::eventfd::{EventFd, EFD_CLOEXEC, EFD_NONBLOCK};
 
+use crate::snapshot::Notice;
+
 /// A message to the owner.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Mail {
     /// The guest left to the VMM for the first time.
     FirstExit,
+    /// What the guest of a restored machine touched first is written down.
+    WorkingSetRecorded,
     /// The machine is over. Only the first counts.
     Exit(ExitReason),
+    /// How the snapshot that is being taken comes along.
+    Snapshot(Notice),
 }
 
 /// Sends mail; clones share the box.

@@ -2,10 +2,11 @@
 //! the machine is made of comes over that socket (see `ovms_proto::control`). The exit status is that of the machine.
 #![no_main]
 
+use std::fs::File;
 use std::mem::ManuallyDrop;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::process::exit;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use ovms_config::vm::{StartConfig, VmConfig, VmConfigError, VmSpec};
 use ovms_devices::threads::{Spawner, ThreadKind as DeviceThread};
@@ -21,7 +22,9 @@ use ovms_vmm::memory::{MemoryError, Ram};
 use ovms_vmm::report;
 use ovms_vmm::saved::{RestoreError, Saved};
 use ovms_vmm::seccomp::{Filters, SeccompError, ThreadKind};
+use ovms_vmm::snapshot::{Host, Snapshots};
 use ovms_vmm::timeline::Recorder;
+use ovms_vmm::working_set::Plan;
 use thiserror::Error;
 
 /// The control socket.
@@ -46,10 +49,25 @@ enum StartError {
     Jail(#[from] JailError),
     #[error("the walls around the VMM's threads cannot be put up")]
     Seccomp(#[from] SeccompError),
+    #[error("the machine's working set can be neither read ahead nor recorded")]
+    WorkingSet(#[source] std::io::Error),
     #[error("the owner cannot be told anything")]
     Mailbox(#[source] std::io::Error),
+    #[error("the threads that take snapshots cannot be started")]
+    Snapshots(#[source] std::io::Error),
     #[error("the machine cannot be built")]
     Build(#[from] BuildError),
+}
+
+impl StartError {
+    fn kind(&self) -> FailureKind {
+        match self {
+            Self::Restore(err) | Self::Build(BuildError::Restore(err)) if err.is_incompatible() => {
+                FailureKind::Incompatible
+            }
+            _ => FailureKind::Other,
+        }
+    }
 }
 
 /// The C entry, in the place of the one that the standard library brings: that one reads /proc/self/maps for the bounds
@@ -60,6 +78,8 @@ extern "C" fn main() -> libc::c_int {
     // SAFETY: sets a disposition before there is a second thread. A console or socket whose other end is gone must be
     // an error of a call, not the end of the process.
     unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
+    // SAFETY: as above. A file that may not grow any more must be an error of a write.
+    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
     run()
 }
 
@@ -72,13 +92,13 @@ fn run() -> ! {
     // call on the descriptor fails.
     let channel = Channel::from_fd(unsafe { OwnedFd::from_raw_fd(CONTROL) });
     match start(&channel, timeline) {
-        Ok((machine, mailbox, timeline)) => {
+        Ok(Started { machine, mailbox, snapshots, timeline }) => {
             let configured = FromVmm::Configured { timeline: timeline.timeline().clone() };
             if channel.send(&configured, &[]).is_err() {
                 exit(STATUS_NOT_BUILT);
             }
             // Not dropped: the kernel takes the machine apart faster than we would, and nobody waits for it.
-            let mut owner = ManuallyDrop::new(Owner::new(channel, mailbox, machine, timeline));
+            let mut owner = ManuallyDrop::new(Owner::new(channel, mailbox, machine, snapshots, timeline));
             let reason = owner.run();
             tracing::info!(?reason, "the machine has ended");
             exit(i32::try_from(reason.status()).unwrap_or(STATUS_NOT_BUILT));
@@ -87,32 +107,49 @@ fn run() -> ! {
             let message = report::chain(&err);
             tracing::error!("{message}");
             // If the engine is gone, nobody is left to tell.
-            let _ = channel.send(&FromVmm::Failed { kind: FailureKind::Other, message }, &[]);
+            let _ = channel.send(&FromVmm::Failed { kind: err.kind(), message }, &[]);
             exit(STATUS_NOT_BUILT);
         }
     }
 }
 
+/// A machine that only waits to run, and what its owner needs.
+struct Started {
+    machine: Machine,
+    mailbox: Mailbox,
+    snapshots: Snapshots,
+    timeline: Recorder,
+}
+
 /// From the first packet to a machine that only waits to run. The order is that of trust: what needs privileges, the
 /// walls, then what a hostile image or guest can reach.
-fn start(channel: &Channel, mut timeline: Recorder) -> Result<(Machine, Mailbox, Recorder), StartError> {
+fn start(channel: &Channel, mut timeline: Recorder) -> Result<Started, StartError> {
     let (config, fds) = channel.recv::<VmConfig>()?;
     report::start_log(&config.log_level);
     let spec = VmSpec::new(config, fds.len())?;
     let mut fds = Fds::new(fds);
     let config = spec.config();
     timeline.passed("configuration");
-    let ram = map_memory(config, &mut fds)?;
+    let (ram, host) = map_memory(config, &mut fds)?;
+    let plan = plan(config, &mut fds, &host)?;
     let netns = fds.take_optional(config.jail.netns)?;
-    timeline.passed("memory");
+    timeline.passed("map");
     jail::enter(&config.jail, netns)?;
     timeline.passed("jail");
     let origin = Origin::take(config, &mut fds)?;
     let (mail, mailbox) = Mailbox::new().map_err(StartError::Mailbox)?;
-    let filters = Arc::new(Filters::compile()?);
+    let filters = Arc::new(Filters::compile(&ThreadKind::FIRST)?);
     timeline.passed("filters");
-    let saved = origin.saved();
-    let machine = Machine::build(&spec, &mut fds, ram, mail, &thread_start(&filters), saved, &mut timeline)?;
+    let threads = thread_start(&filters);
+    let watch = plan.start(ram.clone(), mail.clone(), own_filter(ThreadKind::WorkingSet));
+    let watch = watch.map_err(StartError::WorkingSet)?;
+    let mut machine = Machine::build(&spec, &mut fds, ram, mail.clone(), &threads, origin.saved(), &mut timeline)?;
+    if let Some(watch) = watch {
+        machine.watch(watch);
+    }
+    let (vm, ram) = (Arc::clone(machine.vm()), machine.ram().clone());
+    let snapshots =
+        Snapshots::start(vm, ram, host, mail, own_filter(ThreadKind::Snapshot)).map_err(StartError::Snapshots)?;
     drop(fds);
     filters.install(ThreadKind::Main)?;
     timeline.passed("wall");
@@ -120,15 +157,38 @@ fn start(channel: &Channel, mut timeline: Recorder) -> Result<(Machine, Mailbox,
         Origin::Boot(payload) => machine.boot(payload, &mut timeline)?,
         Origin::Restore(saved) => machine.restore(&saved, &mut timeline)?,
     }
-    Ok((machine, mailbox, timeline))
+    snapshots.wait_ready().map_err(StartError::Snapshots)?;
+    Ok(Started { machine, mailbox, snapshots, timeline })
 }
 
-/// Memory is mapped, and locked, while there are privileges; none of it is looked at.
-fn map_memory(config: &VmConfig, fds: &mut Fds) -> Result<Ram, StartError> {
-    Ok(match &config.start {
+/// Memory is mapped, and locked, while there are privileges; none of it is looked at. What snapshots will need of the host
+/// is opened, too.
+fn map_memory(config: &VmConfig, fds: &mut Fds) -> Result<(Ram, Host), StartError> {
+    let mut host = Host {
+        // A host that hides it makes snapshots larger work, not impossible.
+        pagemap: File::open("/proc/self/pagemap").ok(),
+        userfault: fds.take_optional(config.userfault)?,
+        memory: None,
+    };
+    let ram = match &config.start {
         StartConfig::Boot(_) => Ram::map(config.memory)?,
-        StartConfig::Restore(restore) => Ram::restore(&fds.take_file(restore.memory)?, config.memory, restore.mlock)?,
-    })
+        StartConfig::Restore(restore) => {
+            let file = fds.take_file(restore.memory)?;
+            let ram = Ram::restore(&file, config.memory, restore.mlock)?;
+            host.memory = Some(file);
+            ram
+        }
+    };
+    Ok((ram, host))
+}
+
+/// What is to be read ahead and recorded of a restored machine's memory.
+fn plan(config: &VmConfig, fds: &mut Fds, host: &Host) -> Result<Plan, StartError> {
+    let StartConfig::Restore(restore) = &config.start else { return Ok(Plan::default()) };
+    let prefetch = fds.take_optional(restore.working_set)?.map(Into::into);
+    let record = fds.take_optional(restore.record_working_set)?.map(File::from);
+    let map = host.pagemap.as_ref().map(File::try_clone).transpose().map_err(StartError::WorkingSet)?;
+    Ok(Plan { prefetch, record: map.zip(record) })
 }
 
 /// Where the machine's state comes from.
@@ -157,6 +217,18 @@ impl Origin {
             Self::Restore(saved) => Some(saved),
         }
     }
+}
+
+/// What each thread of a kind does first that nobody waits for; the first of them compiles the filter of all.
+fn own_filter(kind: ThreadKind) -> Arc<dyn Fn() + Send + Sync> {
+    let filters = OnceLock::new();
+    Arc::new(move || match filters.get_or_init(|| Filters::compile(&[kind])) {
+        Ok(filters) => install(filters, kind),
+        Err(err) => {
+            tracing::error!("{}", report::chain(err));
+            exit(STATUS_NOT_BUILT);
+        }
+    })
 }
 
 /// What each new thread does first: it puts itself behind the filter of its kind.

@@ -29,11 +29,17 @@ pub enum ThreadKind {
     Block,
     /// Moves bytes between the host's descriptors and console devices, and serves the remaining queues.
     Console,
+    /// Reads ahead and records what a restored guest touches.
+    WorkingSet,
+    /// Takes snapshots: copies guest memory into a file.
+    Snapshot,
 }
 
 impl ThreadKind {
     /// Every kind.
-    pub const ALL: [Self; 4] = [Self::Main, Self::Vcpu, Self::Block, Self::Console];
+    pub const ALL: [Self; 6] = [Self::Main, Self::Vcpu, Self::Block, Self::Console, Self::WorkingSet, Self::Snapshot];
+    /// The kinds without which no machine is built; threads of the others compile their filters beside that.
+    pub const FIRST: [Self; 4] = [Self::Main, Self::Vcpu, Self::Block, Self::Console];
 }
 
 /// Why a filter cannot be had.
@@ -66,13 +72,13 @@ pub struct Filters {
 }
 
 impl Filters {
-    /// Compiles every filter.
+    /// Compiles the filters of `kinds`.
     ///
     /// # Errors
     /// [`SeccompError::Compile`].
-    pub fn compile() -> Result<Self, SeccompError> {
+    pub fn compile(kinds: &[ThreadKind]) -> Result<Self, SeccompError> {
         let mut programs = BTreeMap::new();
-        for kind in ThreadKind::ALL {
+        for kind in kinds.iter().copied() {
             programs.insert(kind, compile(kind).map_err(|source| SeccompError::Compile { kind, source })?);
         }
         Ok(Self { programs })

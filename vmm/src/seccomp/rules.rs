@@ -70,12 +70,34 @@ const BLOCK: &[i64] = &[
 /// Console input and output, entropy, and memory given back by the balloon.
 const CONSOLE: &[i64] = &[libc::SYS_fallocate, libc::SYS_getrandom, libc::SYS_poll, libc::SYS_statx];
 
+/// The page table, the blob and the disks' tops (see `ovms_state::SnapshotWriter`, `ovms_disk::Stack`).
+const SNAPSHOT: &[i64] = &[
+    libc::SYS_copy_file_range,
+    libc::SYS_fallocate,
+    libc::SYS_fdatasync,
+    libc::SYS_fsync,
+    libc::SYS_ftruncate,
+    // The seed of hash sets.
+    libc::SYS_getrandom,
+    libc::SYS_lseek,
+    libc::SYS_poll,
+    libc::SYS_pread64,
+    libc::SYS_pwrite64,
+    libc::SYS_statx,
+];
+
+/// Reads one file and the page map, writes another.
+const WORKING_SET: &[i64] = &[libc::SYS_pread64, libc::SYS_pwrite64, libc::SYS_statx];
+
 // Numbers: the kernel's include/uapi/linux/kvm.h.
 const KVM_RUN: u64 = 0xae80;
 const KVM_GET_REGS: u64 = 0x8090_ae81;
 const KVM_SET_REGS: u64 = 0x4090_ae82;
 const KVM_GET_SREGS: u64 = 0x8138_ae83;
 const KVM_SET_SREGS: u64 = 0x4138_ae84;
+const KVM_SET_USER_MEMORY_REGION: u64 = 0x4020_ae46;
+const KVM_GET_DIRTY_LOG: u64 = 0x4010_ae42;
+const KVM_CLEAR_DIRTY_LOG: u64 = 0xc018_aec0;
 const KVM_CHECK_EXTENSION: u64 = 0xae03;
 const KVM_GET_MSR_INDEX_LIST: u64 = 0xc004_ae02;
 const KVM_SET_CLOCK: u64 = 0x4030_ae7b;
@@ -134,6 +156,26 @@ const MAIN_IOCTLS: &[u64] = &[
     KVM_KVMCLOCK_CTRL,
     KVM_SET_GSI_ROUTING,
     KVM_SIGNAL_MSI,
+    // The instant of a snapshot.
+    KVM_GET_DIRTY_LOG,
+    UFFDIO_WRITEPROTECT,
+];
+
+// Numbers: include/uapi/linux/userfaultfd.h.
+const USERFAULTFD_IOC_NEW: u64 = 0xaa00;
+const UFFDIO_API: u64 = 0xc018_aa3f;
+const UFFDIO_REGISTER: u64 = 0xc020_aa00;
+const UFFDIO_WRITEPROTECT: u64 = 0xc018_aa06;
+
+/// Follows and holds back the guest's writes.
+const SNAPSHOT_IOCTLS: &[u64] = &[
+    KVM_SET_USER_MEMORY_REGION,
+    KVM_GET_DIRTY_LOG,
+    KVM_CLEAR_DIRTY_LOG,
+    USERFAULTFD_IOC_NEW,
+    UFFDIO_API,
+    UFFDIO_REGISTER,
+    UFFDIO_WRITEPROTECT,
 ];
 
 /// Every device may interrupt.
@@ -146,7 +188,9 @@ pub(super) fn of(kind: ThreadKind) -> Result<Rules, BackendError> {
         ThreadKind::Main => MAIN,
         ThreadKind::Vcpu => VCPU,
         ThreadKind::Block => BLOCK,
+        ThreadKind::WorkingSet => WORKING_SET,
         ThreadKind::Console => CONSOLE,
+        ThreadKind::Snapshot => SNAPSHOT,
     };
     // A fault of the VMM is to end it as what it is, not as a forbidden call: the standard library's handler of SIGSEGV
     // and SIGBUS gives the signal its default action back, and an abort raises SIGABRT.
@@ -160,7 +204,10 @@ pub(super) fn of(kind: ThreadKind) -> Result<Rules, BackendError> {
     rules.insert(libc::SYS_fcntl, one_of(1, &[libc::F_GETFD as u64])?);
     rules.insert(libc::SYS_mmap, not_executable()?);
     rules.insert(libc::SYS_mprotect, not_executable()?);
-    rules.insert(libc::SYS_ioctl, one_of(1, ioctls(kind))?);
+    // Without a rule a call would always pass.
+    if !ioctls(kind).is_empty() {
+        rules.insert(libc::SYS_ioctl, one_of(1, ioctls(kind))?);
+    }
     Ok(rules)
 }
 
@@ -170,6 +217,8 @@ pub(super) fn ioctls(kind: ThreadKind) -> &'static [u64] {
         ThreadKind::Vcpu => VCPU_IOCTLS,
         ThreadKind::Main => MAIN_IOCTLS,
         ThreadKind::Block | ThreadKind::Console => DEVICE_IOCTLS,
+        ThreadKind::WorkingSet => &[],
+        ThreadKind::Snapshot => SNAPSHOT_IOCTLS,
     }
 }
 

@@ -46,6 +46,7 @@ impl ChunkSet {
     }
 
     /// Whether `chunk` is in.
+    #[cfg(test)]
     pub(super) fn contains(&self, chunk: u64) -> bool {
         self.word(chunk).is_some_and(|(word, bit)| word.load(Ordering::SeqCst) & bit != 0)
     }
@@ -108,6 +109,6 @@ mod tests {
         let set = set(&[1, 2, 5, 62, 63, 64, 65, 199]);
         assert_eq!(set.runs(0), [1..3, 5..6, 62..66, 199..200]);
         assert_eq!(set.runs(2), [1..6, 62..66, 199..200]);
-        assert_eq!(ChunkSet::new(10).runs(5), []);
+        assert!(ChunkSet::new(10).runs(5).is_empty());
     }
 }

@@ -22,7 +22,7 @@ use ovms_devices::threads::Spawner;
 use ovms_devices::virtio::balloon::Balloon;
 use ovms_devices::virtio::console::Console;
 use ovms_devices::virtio::pci::{TransportError, VirtioPci};
-use ovms_disk::Stack;
+use ovms_disk::{NextTop, Stack};
 use ovms_state::{Section, StateError};
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
@@ -31,6 +31,7 @@ use crate::fds::{FdError, Fds};
 use crate::kvm::Vm;
 use crate::layout;
 use crate::memory::Ram;
+use crate::saved::Saved;
 use parts::{PartError, Parts, Sections};
 
 pub use virtio::InputOwner;
@@ -76,6 +77,9 @@ pub enum FreezeError {
     /// The command came without the new top.
     #[error("data and map of the new top must come with the command")]
     NoTop,
+    /// The command came with more than that.
+    #[error("more new tops came with the command than the machine has disks to write to")]
+    TooManyTops,
     /// The stack refuses.
     #[error("the disk's top cannot be frozen")]
     Stack(#[from] ovms_disk::Error),
@@ -91,8 +95,8 @@ pub struct Environment<'a> {
     pub spec: &'a VmSpec,
     /// Starts device threads.
     pub spawner: &'a Spawner,
-    /// The console that reads the host's input.
-    pub input: InputOwner,
+    /// What the devices are to be restored from afterwards.
+    pub saved: Option<&'a Saved>,
     /// Is told what the guest does to its machine.
     pub events: EventSink,
 }
@@ -136,7 +140,7 @@ impl Devices {
     /// # Errors
     /// [`WiringError`].
     pub fn new(environment: &Environment<'_>, fds: &mut Fds) -> Result<Self, WiringError> {
-        let Environment { vm, ram, spec, spawner, events, .. } = environment;
+        let Environment { vm, ram, spec, spawner, saved, events } = environment;
         let messages: Arc<dyn MsiSink> = Arc::new(irq::Messages::new(Arc::clone(vm)));
         let ioapic = Ioapic::new(Arc::clone(&messages), Some(Arc::new(irq::Routes::new(Arc::clone(vm)))));
         let ends = &spec.config().console;
@@ -149,7 +153,12 @@ impl Devices {
             Some(writer) => Arc::clone(writer) as _,
             None => Arc::new(NullSink),
         };
+        let input_owner = saved.map_or_else(|| InputOwner::of(spec.cmdline()), Saved::input);
         let input = Arc::new(InputQueue::new());
+        if saved.is_some() {
+            // What comes from the host now comes after what was there when the machine was saved.
+            input.hold();
+        }
         let reader = fds
             .take_optional(ends.input)?
             .map(|fd| Reader::spawn(fd, Arc::clone(&input), spawner))
@@ -159,7 +168,7 @@ impl Devices {
         let mut mmio = BusBuilder::new();
         // Two consoles, one host: both write to it, one reads.
         let idle = Arc::new(InputQueue::new());
-        let (serial_input, virtio_input) = match environment.input {
+        let (serial_input, virtio_input) = match input_owner {
             InputOwner::Serial => (Arc::clone(&input), idle),
             InputOwner::Virtio => (idle, Arc::clone(&input)),
         };
@@ -190,7 +199,7 @@ impl Devices {
             functions: virtio.functions,
             writer,
             input,
-            input_owner: environment.input,
+            input_owner,
             _reader: reader,
         })
     }
@@ -229,7 +238,6 @@ impl Devices {
     /// # Errors
     /// [`PartError`] of the first device that refuses; the machine must not run then.
     pub fn restore(&self, sections: &mut Sections<'_>) -> Result<(), PartError> {
-        self.input.hold();
         self.parts.restore(sections)
     }
 
@@ -254,6 +262,26 @@ impl Devices {
         let disk = self.disks.get(index as usize).ok_or(FreezeError::NoDisk(index))?;
         let top = virtio::new_top(fds).ok_or(FreezeError::NoTop)?;
         Ok(disk.freeze(top)?)
+    }
+
+    /// Opens new tops for all disks that the guest may write, in order; `fds` are data and map of each. To be stacked by
+    /// [`Stack::push`].
+    ///
+    /// # Errors
+    /// [`FreezeError`].
+    pub fn next_tops(&self, fds: Vec<OwnedFd>) -> Result<Vec<(Arc<Stack>, NextTop)>, FreezeError> {
+        let mut fds = fds.into_iter();
+        let writable = self.disks.iter().filter(|disk| !disk.is_read_only());
+        let tops = writable
+            .map(|disk| {
+                let top = virtio::new_top(fds.by_ref().take(2).collect()).ok_or(FreezeError::NoTop)?;
+                Ok((Arc::clone(disk), disk.next_top(top)?))
+            })
+            .collect::<Result<_, FreezeError>>()?;
+        match fds.next() {
+            None => Ok(tops),
+            Some(_) => Err(FreezeError::TooManyTops),
+        }
     }
 
     /// The guest is gone: writes out what it has left behind, at the latest until `deadline`.

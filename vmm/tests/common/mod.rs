@@ -4,6 +4,7 @@
 
 pub mod capture;
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -116,6 +117,13 @@ impl Setup {
         self
     }
 
+    /// The VMM may hold writers back.
+    pub fn userfault(mut self) -> Self {
+        let device = File::options().read(true).write(true).open("/dev/userfaultfd").expect("/dev/userfaultfd");
+        self.config.userfault = Some(self.fd(device));
+        self
+    }
+
     /// A disk without layers: table, top's data and top's map.
     pub fn disk(mut self, table: File, data: File, map: File) -> Self {
         let (table, data, map) = (self.fd(table), self.fd(data), self.fd(map));
@@ -168,6 +176,7 @@ impl Setup {
             said: String::new(),
             timeline: Timeline::default(),
             events: Vec::new(),
+            replies: BTreeMap::new(),
             next_id: 0,
             begin,
         }
@@ -207,6 +216,7 @@ pub struct Vmm {
     said: String,
     pub timeline: Timeline,
     events: Vec<Event>,
+    replies: BTreeMap<u64, Result<Answer, String>>,
     next_id: u64,
     pub begin: Instant,
 }
@@ -223,16 +233,41 @@ impl Vmm {
 
     /// As [`Vmm::try_command`], with descriptors beside it.
     pub fn try_command_with(&mut self, command: Command, files: &[File]) -> Result<Answer, String> {
+        let id = self.ask(command, files);
+        self.answer(id)
+    }
+
+    /// Sends a command and does not wait; gives its number.
+    pub fn ask(&mut self, command: Command, files: &[File]) -> u64 {
         self.next_id += 1;
         let request = Request { id: self.next_id, command };
         let fds: Vec<_> = files.iter().map(AsFd::as_fd).collect();
         self.channel.as_ref().unwrap().send(&request, &fds).unwrap();
+        self.next_id
+    }
+
+    /// Waits for the answer to the command of that number; what comes meanwhile is kept.
+    pub fn answer(&mut self, number: u64) -> Result<Answer, String> {
         loop {
-            match self.next() {
-                FromVmm::Reply { id, result } if id == self.next_id => return result,
-                FromVmm::Event(event) => self.events.push(event),
-                other => panic!("unexpected {other:?}"),
+            if let Some(result) = self.replies.remove(&number) {
+                return result;
             }
+            self.listen();
+        }
+    }
+
+    /// Waits until an event has come that `is` likes.
+    pub fn wait_event(&mut self, is: impl Fn(&Event) -> bool) {
+        while !self.events.iter().any(&is) {
+            self.listen();
+        }
+    }
+
+    fn listen(&mut self) {
+        match self.next() {
+            FromVmm::Reply { id, result } => drop(self.replies.insert(id, result)),
+            FromVmm::Event(event) => self.events.push(event),
+            other => panic!("unexpected {other:?}"),
         }
     }
 
@@ -296,10 +331,7 @@ impl Vmm {
             if let Some(Event::Exited(reason)) = at.map(|at| self.events.remove(at)) {
                 break reason;
             }
-            match self.next() {
-                FromVmm::Event(event) => self.events.push(event),
-                other => panic!("unexpected {other:?}"),
-            }
+            self.listen();
         };
         let mut rest = String::new();
         self.output.read_to_string(&mut rest).unwrap();
