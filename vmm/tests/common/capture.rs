@@ -91,6 +91,13 @@ impl Inside {
         &self.said
     }
 
+    /// Runs for a moment, then stops.
+    pub fn run_for(&self, time: Duration) {
+        self.machine.open();
+        std::thread::sleep(time);
+        assert!(self.machine.close(), "the guest has ended");
+    }
+
     /// Saves the machine, which stands.
     pub fn save(&self) -> Snapshot {
         let (fingerprint, sections) = self.machine.save().unwrap();

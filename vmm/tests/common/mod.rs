@@ -18,11 +18,13 @@ use ovms_config::vm::{
     VM_CONFIG_VERSION,
 };
 use ovms_disk::{Stack, StackFiles, Table, Top, TopFiles};
-use ovms_proto::control::{Answer, Command, Event, ExitReason, FromVmm, Request, Status, Timeline};
+use ovms_proto::control::{Answer, Command, Event, ExitReason, FailureKind, FromVmm, Request, Status, Timeline};
 use ovms_proto::{Channel, ChannelError};
 
 /// How long anything in a test may take.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// The privilege to lock memory without limit (include/uapi/linux/capability.h).
+const CAP_IPC_LOCK: libc::c_ulong = 14;
 
 /// The bare-metal guest `name` (make guests).
 pub fn guest(name: &str) -> File {
@@ -34,6 +36,7 @@ pub fn guest(name: &str) -> File {
 pub struct Setup {
     pub config: VmConfig,
     pub fds: Vec<OwnedFd>,
+    may_lock: bool,
 }
 
 impl Setup {
@@ -60,7 +63,7 @@ impl Setup {
             },
             log_level: "debug".into(),
         };
-        Self { config, fds: vec![kvm.into(), kernel.into()] }
+        Self { config, fds: vec![kvm.into(), kernel.into()], may_lock: true }
     }
 
     /// One vCPU, 64 MiB, no disk, a console: goes on from a snapshot's unpacked files.
@@ -151,20 +154,32 @@ impl Setup {
 
     /// Starts the VMM and gives the reason for which it refuses.
     pub fn refused(self) -> String {
-        let mut vmm = self.spawn();
-        let FromVmm::Failed { message, .. } = vmm.next() else { panic!("the machine was built") };
-        assert_eq!(vmm.child.wait().unwrap().code(), Some(126));
-        message
+        self.refused_as().1
     }
 
-    fn spawn(mut self) -> Vmm {
+    /// As [`Setup::refused`], with what the engine is to make of it.
+    pub fn refused_as(self) -> (FailureKind, String) {
+        let mut vmm = self.spawn();
+        let FromVmm::Failed { kind, message } = vmm.next() else { panic!("the machine was built") };
+        assert_eq!(vmm.child.wait().unwrap().code(), Some(126));
+        (kind, message)
+    }
+
+    /// The VMM may lock no memory, whoever it is.
+    pub fn without_locking(mut self) -> Self {
+        self.may_lock = false;
+        self
+    }
+
+    /// Starts the VMM; what comes of it is to be seen.
+    pub fn spawn(mut self) -> Vmm {
         let (console_out, vmm_out) = pipe();
         let (vmm_in, console_in) = pipe();
         self.config.console.output = Some(self.fd(vmm_out));
         self.config.console.input = Some(self.fd(vmm_in));
         let (ours, theirs) = Channel::pair().unwrap();
         let begin = Instant::now();
-        let child = spawn_process(theirs);
+        let child = spawn_process(theirs, self.may_lock);
         let fds: Vec<_> = self.fds.iter().map(AsFd::as_fd).collect();
         ours.send(&self.config, &fds).unwrap();
         drop(self.fds);
@@ -183,7 +198,7 @@ impl Setup {
     }
 }
 
-fn spawn_process(control: Channel) -> Child {
+fn spawn_process(control: Channel, may_lock: bool) -> Child {
     let control = OwnedFd::from(control);
     let mut process = Process::new(env!("CARGO_BIN_EXE_ovms-vmm"));
     process.stdin(Stdio::null()).stdout(Stdio::null()).env_clear();
@@ -191,6 +206,14 @@ fn spawn_process(control: Channel) -> Child {
     // SAFETY: the closure makes system calls only.
     unsafe {
         process.pre_exec(move || {
+            if !may_lock {
+                let none = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+                if libc::setrlimit(libc::RLIMIT_MEMLOCK, &none) < 0
+                    || libc::prctl(libc::PR_CAPBSET_DROP, CAP_IPC_LOCK) < 0
+                {
+                    return Err(std::io::Error::last_os_error());
+                }
+            }
             let namespaces = libc::CLONE_NEWNS | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS | libc::CLONE_NEWNET;
             let done = if raw == 3 { libc::fcntl(3, libc::F_SETFD, 0) } else { libc::dup2(raw, 3) };
             if done < 0 || libc::unshare(namespaces) < 0 {
@@ -224,6 +247,21 @@ pub struct Vmm {
 impl Vmm {
     fn next(&mut self) -> FromVmm {
         self.channel.as_ref().unwrap().recv().expect("a message from the VMM").0
+    }
+
+    /// Whether the machine was built; otherwise the VMM has said why not.
+    pub fn configured(&mut self) -> bool {
+        match self.next() {
+            FromVmm::Configured { .. } => true,
+            FromVmm::Failed { .. } => false,
+            other => panic!("unexpected {other:?}"),
+        }
+    }
+
+    /// Sends a command to a VMM that may have ended already.
+    pub fn try_last(&mut self, command: Command) -> bool {
+        let request = Request { id: u64::MAX, command };
+        self.channel.as_ref().unwrap().send(&request, &[]).is_ok()
     }
 
     /// Sends a command and waits for its answer; events that come meanwhile are kept.
