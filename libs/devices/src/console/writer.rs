@@ -156,7 +156,8 @@ impl Shared {
         let mut gather_until = Instant::now();
         while self.take(&mut chunk, gather_until) {
             let written = self.write_all(&mut out, &chunk);
-            gather_until = Instant::now() + GATHER;
+            let now = Instant::now();
+            gather_until = now.checked_add(GATHER).unwrap_or(now);
             let dropped = chunk.len().saturating_sub(written);
             self.lost.fetch_add(dropped as u64, Ordering::Relaxed);
             lock(&self.ring).in_flight = 0;
