@@ -57,6 +57,31 @@ impl CliError {
         Self { code: NO_PERMISSION, source: source.into() }
     }
 
+    /// A name that is taken.
+    pub fn exists(source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+        Self { code: CANNOT_CREATE, source: source.into() }
+    }
+
+    /// Nothing of that name.
+    pub fn not_found(source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+        Self { code: NO_INPUT, source: source.into() }
+    }
+
+    /// Not as things are.
+    pub fn not_now(source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+        Self { code: NOT_NOW, source: source.into() }
+    }
+
+    /// What another process of ours has met: its chain and its code.
+    pub fn other_process(code: u8, message: String) -> Self {
+        Self { code, source: message.into() }
+    }
+
+    /// The program's exit code as a number.
+    pub fn number(&self) -> u8 {
+        self.code
+    }
+
     /// The whole chain, `a: b: c`.
     pub fn chain(&self) -> String {
         let mut text = self.source.to_string();

@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use crate::error::CliError;
 use crate::images;
+use crate::run::{self, instance::images_in_use};
 use crate::text;
 
 /// What `ovm ls` takes.
@@ -82,14 +83,15 @@ pub struct RemoveArgs {
 }
 
 /// Takes names away, and removes what no image needs any more.
-pub fn remove(args: &RemoveArgs, used: &dyn Fn(&Settings) -> Vec<Digest>) -> Result<(), CliError> {
+pub fn remove(args: &RemoveArgs) -> Result<(), CliError> {
     let settings = Settings::load().map_err(CliError::invalid)?;
     for text in &args.images {
         let store = Store::existing(&images::store_dir(&settings), text)?;
-        let removed = store.remove(text, &used(&settings))?;
+        let removed = store.remove(text, &images_in_use(&settings.paths.state))?;
         for name in &removed.names {
             text::print(&format!("{name}\n"))?;
         }
+        run::forget(&settings, &removed.images)?;
         if removed.freed.is_none() {
             eprintln!("ovm: another ovm is adding an image: the next removal frees the space");
         }

@@ -9,10 +9,14 @@ mod error;
 mod images;
 mod inspect;
 mod ls;
+mod machines;
 mod progress;
+mod ps;
 mod pull;
 mod push;
 mod run;
+mod snapshot;
+mod stop;
 mod terminal;
 mod text;
 mod validate;
@@ -35,10 +39,20 @@ enum Verb {
     Build(Box<build::Args>),
     /// Check a manifest, or every byte of an image in an OCI layout
     Validate(validate::Args),
-    /// Show what an image is made of
+    /// Show what an image is made of, or what a machine is and how its start went
     Inspect(inspect::Args),
-    /// Boot an image from an OCI layout, attached to its console
+    /// Start an image from the local store or an OCI layout, attached to its console or in the background
     Run(run::Args),
+    /// List the machines of this host
+    Ps(ps::Args),
+    /// Print what a machine in the background has written
+    Logs(ps::LogsArgs),
+    /// Press machines' power buttons; end by force what does not end
+    Stop(stop::Args),
+    /// Remove what is left of machines
+    Rm(stop::RemoveArgs),
+    /// Make an image of a running machine, from which others resume
+    Snapshot(snapshot::Args),
     /// Fetch an image from a registry into the local store
     Pull(pull::Args),
     /// Send an image to a registry
@@ -60,10 +74,15 @@ fn main() -> ExitCode {
         Verb::Validate(args) => validate::run(&args).map(success),
         Verb::Inspect(args) => inspect::run(&args).map(success),
         Verb::Run(args) => run::run(args),
+        Verb::Ps(args) => ps::run(&args).map(success),
+        Verb::Logs(args) => ps::logs(&args).map(success),
+        Verb::Stop(args) => stop::run(&args).map(success),
+        Verb::Rm(args) => stop::remove(&args).map(success),
+        Verb::Snapshot(args) => snapshot::run(&args).map(success),
         Verb::Pull(args) => pull::run(&args).map(success),
         Verb::Push(args) => push::run(&args).map(success),
         Verb::Ls(args) => ls::run(&args).map(success),
-        Verb::Rmi(args) => ls::remove(&args, &|_| Vec::new()).map(success),
+        Verb::Rmi(args) => ls::remove(&args).map(success),
     };
     match done {
         Ok(code) => code,

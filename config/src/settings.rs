@@ -138,11 +138,14 @@ pub struct LimitSettings {
     /// The largest kernel or initrd in bytes.
     #[serde(deserialize_with = "size")]
     pub boot_file: u64,
+    /// The most bytes of disk that unpacked images of `ovm run` take; those that were not used for longest go first.
+    #[serde(deserialize_with = "size")]
+    pub run_cache: u64,
 }
 
 impl Default for LimitSettings {
     fn default() -> Self {
-        Self { disk_virtual: 64 << 40, layer_data: 1 << 40, layer_ratio: 2000, boot_file: 1 << 30 }
+        Self { disk_virtual: 64 << 40, layer_data: 1 << 40, layer_ratio: 2000, boot_file: 1 << 30, run_cache: 64 << 30 }
     }
 }
 

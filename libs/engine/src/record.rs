@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Kind, Result};
 use crate::machine::{ExitInfo, State};
+use crate::process;
 
 /// What is known of a machine; all that `cleanup` needs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -51,6 +52,14 @@ pub struct ProcessId {
     pub pid: u32,
     /// When it began, in clock ticks since boot (field 22 of /proc/PID/stat).
     pub start_time: u64,
+}
+
+impl ProcessId {
+    /// Whether it still is there; one that has ended and only waits to be reaped is not.
+    #[must_use]
+    pub fn is_alive(self) -> bool {
+        process::is_alive(self)
+    }
 }
 
 const RECORD: &str = "record.json";

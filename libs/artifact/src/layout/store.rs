@@ -41,6 +41,8 @@ pub struct Store {
 pub struct Removed {
     /// The names that are gone.
     pub names: Vec<String>,
+    /// The manifests of images that have no name any more.
+    pub images: Vec<Digest>,
     /// Bytes of the blobs that were removed; `None` if blobs are being added, so that none could be.
     pub freed: Option<u64>,
 }
@@ -136,9 +138,13 @@ impl Store {
             return Err(LayoutError::UnknownName(text.to_owned()));
         }
         let names = gone.iter().map(|d| name_of(d)).collect();
-        write_index(&self.dir, entries.iter().filter(|d| !gone.contains(d)).cloned().collect())?;
+        let left: Vec<oci::Descriptor> = entries.iter().filter(|d| !gone.contains(d)).cloned().collect();
+        let unnamed = gone.iter().filter(|d| left.iter().all(|other| other.digest() != d.digest()));
+        let mut images = unnamed.map(|d| digest_of(d, "index.json")).collect::<Result<Vec<_>, _>>()?;
+        images.dedup();
+        write_index(&self.dir, left)?;
         drop(lock);
-        Ok(Removed { names, freed: self.collect(used)? })
+        Ok(Removed { names, images, freed: self.collect(used)? })
     }
 
     /// Removes blobs that no image of the index and none in `used` needs; `None` if somebody is adding blobs.

@@ -175,10 +175,10 @@ mod tests {
         bench.image("one", "b", 2);
         let (two, _) = bench.image("two", "b", 1);
 
-        bench.cache.prune(2 * MIB + MIB / 2, &[running.clone()]).unwrap();
+        bench.cache.prune(2 * MIB + MIB / 2, std::slice::from_ref(&running)).unwrap();
 
         assert!(bench.cache.template(&two).is_some() && running.kernel.as_ref().unwrap().exists());
-        assert_eq!(bench.cache.prune(0, &[running.clone()]).unwrap(), Some(MIB));
+        assert_eq!(bench.cache.prune(0, std::slice::from_ref(&running)).unwrap(), Some(MIB));
         assert!(bench.cache.template(&two).is_none() && running.kernel.unwrap().exists());
     }
 

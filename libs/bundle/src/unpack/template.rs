@@ -2,6 +2,7 @@
 
 use std::{
     fs::{self, File, FileTimes},
+    io,
     path::{Path, PathBuf},
     time::SystemTime,
 };
@@ -29,6 +30,18 @@ impl Cache {
         let now = FileTimes::new().set_modified(SystemTime::now());
         let _ = File::open(&path).and_then(|file| file.set_times(now));
         Some(record)
+    }
+
+    /// Forgets an image; [`Cache::prune`] removes what it alone has needed.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn forget(&self, image: &Digest) -> Result<()> {
+        let path = self.template_path(image);
+        match fs::remove_file(&path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(Error::io("remove", path)(e)),
+            _ => Ok(()),
+        }
     }
 
     pub(super) fn keep_template(&self, image: &Digest, record: &Record) -> Result<()> {
