@@ -9,7 +9,9 @@
 //! ```
 //!
 //! Started with the device and parked until a driver activates it, so that no thread is ever started from a vCPU
-//! thread. A device may be paused while it is inactive; activated, it then waits for the resume.
+//! thread. A device may be paused while it is inactive; activated, it then waits for the resume. Whether it is paused is
+//! a flag beside the commands: only the pause of an active device has anything to wait for, so a machine that is restored
+//! or goes on waits for none of its idle threads.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -51,7 +53,6 @@ pub(crate) trait QueueWorker: Send + 'static {
 enum Command {
     Activate(ActiveState),
     Pause,
-    Resume,
     Reset,
     Stop,
 }
@@ -60,6 +61,10 @@ enum Command {
 struct Slot {
     command: Option<Command>,
     reply: Option<Vec<QueueProgress>>,
+    /// Serve nothing.
+    paused: bool,
+    /// A driver has the device, so the thread may be serving.
+    active: bool,
     dead: bool,
     /// How to tell the driver that the thread has died under its hands.
     interrupt: Option<Arc<dyn VirtioInterrupt>>,
@@ -119,14 +124,30 @@ impl Worker {
         self.call(Command::Pause).unwrap_or_default()
     }
 
+    /// Does not wait: what comes next finds the flag.
     pub(crate) fn resume(&self) {
-        let _ = self.call(Command::Resume);
+        let mut slot = lock(&self.control.slot);
+        slot.paused = false;
+        if slot.active {
+            self.control.hurry.store(true, Ordering::Release);
+            let _ = self.control.wake.write(1);
+        }
     }
 
     /// Waits until the worker has taken the command: at most as long as one request takes. `None` if it has ended.
     fn call(&self, command: Command) -> Option<Vec<QueueProgress>> {
         let _calls = lock(&self.calls);
         let mut slot = lock(&self.control.slot);
+        match command {
+            Command::Activate(_) => slot.active = true,
+            Command::Reset | Command::Stop => slot.active = false,
+            Command::Pause => {
+                slot.paused = true;
+                if !slot.active {
+                    return Some(Vec::new());
+                }
+            }
+        }
         slot.command = Some(command);
         slot.reply = None;
         self.control.hurry.store(true, Ordering::Release);
@@ -242,6 +263,11 @@ impl<W: QueueWorker> Thread<'_, W> {
         let mut slot = lock(&self.control.slot);
         self.control.hurry.store(false, Ordering::Release);
         let _ = self.control.wake.read();
+        if std::mem::replace(&mut self.paused, slot.paused) && !slot.paused {
+            if let Some(active) = &mut self.active {
+                active.all_due();
+            }
+        }
         let Some(command) = slot.command.take() else { return true };
         let stop = matches!(command, Command::Stop);
         match command {
@@ -249,13 +275,7 @@ impl<W: QueueWorker> Thread<'_, W> {
                 slot.interrupt = Some(Arc::clone(&state.interrupt));
                 self.activate(state);
             }
-            Command::Pause => self.paused = true,
-            Command::Resume => {
-                self.paused = false;
-                if let Some(active) = &mut self.active {
-                    active.all_due();
-                }
-            }
+            Command::Pause => {}
             Command::Reset | Command::Stop => {
                 slot.interrupt = None;
                 self.active = None;
