@@ -168,6 +168,7 @@ async fn serve(sockets: Sockets, root: PathBuf, settings: Settings) -> Result<()
             }),
     );
     let bundles = tokio::spawn(bundle::serve(bundle, Arc::clone(&daemon), stopping));
+    tokio::spawn(machine::ram::relock(Arc::clone(&daemon)));
     tokio::spawn(machine::resume(daemon));
     tracing::info!(root = %root.display(), version = env!("CARGO_PKG_VERSION"), "serving");
     if let Err(err) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {

@@ -3,6 +3,7 @@
 
 mod common;
 
+use std::cell::Cell;
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -19,7 +20,7 @@ use ovms_snapshotter::proto::snapshots::{CleanupRequest, RemoveSnapshotRequest};
 use ovms_state::{Fingerprint, Section, SnapshotWriter, CHUNK};
 use tonic::transport::Channel;
 
-use common::{commit, prepare, record, wait_for, walked_image, Daemon};
+use common::{commit, prepare, record, wait_for, walked_image, walked_image_with, Daemon};
 
 const MIB: u64 = 1 << 20;
 
@@ -236,7 +237,7 @@ async fn checkpoints_that_do_not_hold_are_refused_and_leave_nothing() {
         (Box::new(flip("ram", 100)), "digest"),
         (Box::new(flip("disk.qcow2", 4)), "disk is refused"),
         (Box::new(|dir| fs::remove_file(dir.join("snapshot.json")).unwrap()), "snapshot.json"),
-        (Box::new(|dir| fs::remove_file(dir.join("ram")).unwrap()), "ram is missing"),
+        (Box::new(|dir| fs::remove_file(dir.join("ram")).unwrap()), "the checkpoint lacks"),
         (Box::new(|dir| fs::remove_file(dir.join("disk.qcow2")).unwrap()), "disk.qcow2"),
         (Box::new(saved(|record| record.disk = None)), "has no disk, the image has one"),
         (Box::new(saved(|record| record.disk.as_mut().unwrap().virtual_size = 512)), "its record says 512"),
@@ -272,6 +273,91 @@ async fn a_host_that_denies_ram_refuses_checkpoints() {
     let message = refused(daemon.resolve_from(&source, Some(&from)).1);
 
     assert!(message.contains("ram.policy"), "{message}");
+}
+
+/// What a descriptor says of RAM, which the blobs of checkpoints here are treated by.
+fn hints(hints: &str) -> String {
+    format!(r#","ramSnapshot":{{"ref":"sha256:{}",{hints}}}"#, "0".repeat(64))
+}
+
+#[tokio::test]
+async fn preloaded_ram_lies_on_tmpfs_within_its_budget() {
+    let (dir, shm) = (tempfile::tempdir().unwrap(), tempfile::tempdir_in("/dev/shm").unwrap());
+    std::os::unix::fs::symlink(shm.path(), dir.path().join("run")).unwrap();
+    let daemon = Daemon::start_with(dir.path(), "ram.preload_budget = \"1M\"");
+    let mut client = daemon.client().await;
+    walked_image_with(&mut client, &hints(r#""preload_hint":true"#)).await;
+    let (small, _) = checkpoint(dir.path(), 2 * MIB, 7);
+    let (large, _) = checkpoint(dir.path(), 16 * MIB, 8);
+    let (one, two) = (container(&mut client, "default/5/one").await, container(&mut client, "default/6/two").await);
+
+    let fits = record(daemon.resolve_from(&one, Some(&small)).1).ram.unwrap();
+    let (steps, last) = daemon.resolve_from(&two, Some(&large));
+
+    assert!(fits.memory.canonicalize().unwrap().starts_with(shm.path()), "{}", fits.memory.display());
+    assert_eq!(fs::read(&fits.memory).unwrap().len() as u64, 2 * MIB);
+    let on_disk = record(last).ram.unwrap();
+    assert!(on_disk.memory.starts_with(dir.path().join("root")));
+    assert!(steps.iter().any(|step| step.contains("preload_budget")), "{steps:?}");
+    // After a reboot tmpfs is empty.
+    fs::remove_file(&fits.memory).unwrap();
+    assert_eq!(record(daemon.resolve_from(&one, Some(&small)).1).ram.unwrap(), fits);
+    assert!(fits.memory.exists());
+    remove(&mut client, "default/5/one").await;
+    assert!(!fits.memory.exists() && fits.memory.parent().unwrap().exists());
+}
+
+fn locked_kib(daemon: &Daemon) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{}/status", daemon.child.id())).unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmLck:")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+#[tokio::test]
+async fn ram_that_must_be_locked_is_as_long_as_a_container_uses_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let daemon = Daemon::start(dir.path());
+    let mut client = daemon.client().await;
+    walked_image_with(&mut client, &hints(r#""mlock_required":true"#)).await;
+    let (from, _) = checkpoint(dir.path(), 4 * MIB, 7);
+    let (one, two) = (container(&mut client, "default/5/one").await, container(&mut client, "default/6/two").await);
+    assert_eq!(locked_kib(&daemon), 0);
+
+    let ram = record(daemon.resolve_from(&one, Some(&from)).1).ram.unwrap();
+    let once = locked_kib(&daemon);
+    record(daemon.resolve_from(&two, Some(&from)).1);
+
+    let data = fs::metadata(&ram.memory).unwrap().blocks() / 2;
+    assert!(ram.mlock && once >= data, "{once} KiB are locked, {data} KiB are data");
+    assert_eq!(locked_kib(&daemon), once);
+    daemon.kill();
+    let daemon = Daemon::start(dir.path());
+    wait_for("the lock after a start", || locked_kib(&daemon) == once);
+    let mut client = daemon.client().await;
+    remove(&mut client, "default/5/one").await;
+    assert_eq!(locked_kib(&daemon), once);
+    remove(&mut client, "default/6/two").await;
+    assert_eq!(locked_kib(&daemon), 0);
+}
+
+#[tokio::test]
+async fn ram_that_cannot_be_locked_is_refused_with_the_limit() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = rustix::process::geteuid().is_root();
+    // CAP_IPC_LOCK takes away every limit.
+    let privileged = if root { &["setpriv", "--bounding-set=-ipc_lock"][..] } else { &[] };
+    let words = [privileged, &["prlimit", "--memlock=65536:65536"]].concat();
+    let daemon = Daemon::start_under(&words, dir.path(), "");
+    let mut client = daemon.client().await;
+    walked_image_with(&mut client, &hints(r#""mlock_required":true"#)).await;
+    let (from, _) = checkpoint(dir.path(), 4 * MIB, 7);
+    let source = container(&mut client, "default/5/vm").await;
+
+    let message = refused(daemon.resolve_from(&source, Some(&from)).1);
+
+    for expected in ["mlock_required", "limited to 64 KiB", "LimitMEMLOCK=infinity"] {
+        assert!(message.contains(expected), "{message}");
+    }
 }
 
 #[tokio::test]
@@ -311,7 +397,7 @@ async fn a_kill_in_the_middle_of_an_unpack_leaves_nothing_and_the_next_one_works
 #[tokio::test]
 async fn a_layer_worker_that_is_killed_is_told_and_the_next_attempt_works() {
     let dir = tempfile::tempdir().unwrap();
-    let (from, _) = checkpoint(dir.path(), 512 * MIB, 7);
+    let (from, _) = checkpoint(dir.path(), 128 * MIB, 7);
     let daemon = Daemon::start(dir.path());
     let mut client = daemon.client().await;
     walked_image(&mut client).await;
@@ -320,10 +406,13 @@ async fn a_layer_worker_that_is_killed_is_told_and_the_next_attempt_works() {
         let (source, from, dir) = (source.clone(), from.clone(), dir.path().to_owned());
         move || common::ask(&dir, &source, Some(&from)).1
     });
-    let mut worker = None;
-    wait_for("the worker", || worker_of(daemon.child.id(), dir.path()).is_some());
-    worker = worker.or_else(|| worker_of(daemon.child.id(), dir.path()));
-    let killed = Command::new("kill").args(["-9", &worker.unwrap().to_string()]).status().unwrap();
+    let worker = Cell::new(None);
+    wait_for("the worker", || {
+        worker.set(worker_of(daemon.child.id(), dir.path()));
+        worker.get().is_some()
+    });
+    let worker = worker.take().unwrap().to_string();
+    let killed = Command::new("kill").args(["-9", &worker]).status().unwrap();
 
     let last = asked.join().unwrap();
 

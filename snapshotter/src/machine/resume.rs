@@ -45,29 +45,52 @@ pub async fn add_ram(
         (None, Some(_)) => None,
         (None, None) => Wanted::of(&record.manifest)?,
     };
-    let wanted = wanted.filter(|_| ram::is_allowed(daemon));
-    let ram = match (seen, wanted) {
+    let start = match (seen, wanted) {
         // Whoever holds the disk started as its record said then; the next one to start is refused by the lock.
         (Seen::InUse, _) => return Ok(()),
         (Seen::Written, wanted) => {
             if wanted.is_some() {
                 tell("the disk was written since its RAM was taken, so the machine boots".into());
             }
-            None
+            Start::Boot
         }
-        (Seen::Untouched, None) => None,
+        (Seen::Untouched, None) => Start::Boot,
+        // The engine says so to whoever starts it.
+        (Seen::Untouched, Some(_)) if !ram::is_allowed(daemon) => Start::Denied,
         (Seen::Untouched, Some(wanted)) => {
             let image = chain.parents.first().filter(|_| checkpoint.is_none()).map(|parent| parent.number);
             let holders: Vec<_> = std::iter::once(number).chain(image).collect();
             let blob = checkpoint.map(Checkpoint::ram);
-            Some(ram::ready(daemon, scope, wanted, blob.as_deref(), &holders, tell).await?)
+            Start::Resume(ram::ready(daemon, scope, wanted, blob.as_deref(), &holders, tell).await?)
         }
     };
-    if ram == record.ram {
+    if !start.changes(&record) {
         return Ok(());
     }
     let path = bundle.to_owned();
-    daemon.blocking(move |daemon| change(daemon, &path, number, ram)).await
+    daemon.blocking(move |daemon| change(daemon, &path, number, start)).await
+}
+
+/// How a machine starts.
+#[derive(Debug)]
+enum Start {
+    /// It boots, now and later: a record that says nothing of RAM.
+    Boot,
+    /// The operator does not let it resume, so its RAM is not unpacked; the record still says that the image has some.
+    Denied,
+    /// It resumes.
+    Resume(Ram),
+}
+
+impl Start {
+    /// Whether a record must be written anew for this start.
+    fn changes(&self, record: &Record) -> bool {
+        match self {
+            Self::Boot => record.ram.is_some() || record.manifest.ram_snapshot.is_some(),
+            Self::Denied => record.ram.is_some(),
+            Self::Resume(ram) => record.ram.as_ref() != Some(ram),
+        }
+    }
 }
 
 fn look(bundle: &Path, dir: &Path) -> Result<(Record, Option<Mark>, Seen)> {
@@ -89,16 +112,20 @@ fn look(bundle: &Path, dir: &Path) -> Result<(Record, Option<Mark>, Seen)> {
 }
 
 /// Writes the record anew, unless a machine has taken the disk meanwhile.
-fn change(daemon: &Daemon, bundle: &Path, number: u64, ram: Option<Ram>) -> Result<()> {
+fn change(daemon: &Daemon, bundle: &Path, number: u64, start: Start) -> Result<()> {
     let failed = || "the machine's record cannot be changed";
     let dir = daemon.layout.snapshot(number);
     let mut record = Record::load(bundle).context(failed)?;
     let before = record.ram.take();
     tops::look(&record.clone(), &dir, |seen| {
-        if seen == Seen::InUse || (seen == Seen::Written && ram.is_some()) {
+        if seen == Seen::InUse || (seen == Seen::Written && matches!(start, Start::Resume(_))) {
             return Err(Error::precondition("a machine has taken the disk meanwhile: try again"));
         }
-        record.ram = ram;
+        match start {
+            Start::Boot => record.manifest.ram_snapshot = None,
+            Start::Denied => {}
+            Start::Resume(ram) => record.ram = Some(ram),
+        }
         record.save(bundle).context(failed)
     })?;
     let now = record.ram.map(|ram| ram.digest);

@@ -301,9 +301,6 @@ pub async fn resume(daemon: Arc<Daemon>) {
         }
         tokio::spawn(super::ram::ahead(Arc::clone(&daemon), number));
     }
-    if let Err(err) = super::ram::relock(&daemon).await {
-        tracing::warn!(error = err.chain(), "RAM that must be locked may not be");
-    }
 }
 
 fn read_descriptor(fs: &Path) -> Result<Option<String>> {

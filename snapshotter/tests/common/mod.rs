@@ -30,11 +30,18 @@ impl Daemon {
 
     /// With these settings beside a runtime directory of its own.
     pub fn start_with(dir: &Path, text: &str) -> Self {
+        Self::start_under(&[], dir, text)
+    }
+
+    /// Started by the program that the first words are.
+    pub fn start_under(words: &[&str], dir: &Path, text: &str) -> Self {
         // What a killed daemon left may still take connections for a moment, and must not be taken for the new one.
         for socket in ["s.sock", "b.sock"] {
             let _none_yet = fs::remove_file(dir.join(socket));
         }
-        let mut command = Command::new(env!("CARGO_BIN_EXE_ovms-snapshotter"));
+        let words: Vec<_> = words.iter().copied().chain([env!("CARGO_BIN_EXE_ovms-snapshotter")]).collect();
+        let mut command = Command::new(words[0]);
+        command.args(&words[1..]);
         command.arg("--root").arg(dir.join("root")).arg("--address").arg(dir.join("s.sock"));
         command.arg("--bundle-address").arg(dir.join("b.sock")).arg("--containerd-address").arg(dir.join("none.sock"));
         let child = command.env("OVMS_CONFIG", settings(dir, text)).spawn().unwrap();
@@ -124,6 +131,11 @@ pub async fn commit(client: &mut SnapshotsClient<Channel>, name: &str, key: &str
 
 /// A raw disk that begins with `text`, and a descriptor of a machine with `disks` of them.
 pub fn write_layer(fs: &str, text: &str, disks: usize) {
+    write_layer_with(fs, text, disks, "");
+}
+
+/// The same with more in the descriptor.
+fn write_layer_with(fs: &str, text: &str, disks: usize, more: &str) {
     let ovm = Path::new(fs).join("ovm");
     fs::create_dir(&ovm).unwrap();
     let mut disk = text.as_bytes().to_vec();
@@ -132,18 +144,23 @@ pub fn write_layer(fs: &str, text: &str, disks: usize) {
     let digest = format!("sha256:{}", "0".repeat(64));
     let layers = vec![format!(r#"{{"ref":"{digest}","format":"raw"}}"#); disks].join(",");
     let manifest = format!(
-        r#"{{"schemaVersion":1,"mediaType":"application/vnd.ovms.manifest.v1+json","name":"test","version":"1","diskLayers":[{layers}]}}"#
+        r#"{{"schemaVersion":1,"mediaType":"application/vnd.ovms.manifest.v1+json","name":"test","version":"1","diskLayers":[{layers}]{more}}}"#
     );
     fs::write(ovm.join("manifest.json"), manifest).unwrap();
 }
 
 /// An image of two layers as the walking differ leaves it.
 pub async fn walked_image(client: &mut SnapshotsClient<Channel>) {
+    walked_image_with(client, "").await;
+}
+
+/// The same with more in its topmost descriptor.
+pub async fn walked_image_with(client: &mut SnapshotsClient<Channel>, more: &str) {
     let fs = prepare(client, "default/1/extract-a", "").await;
     write_layer(&fs, "base", 1);
     commit(client, "default/2/base", "default/1/extract-a").await;
     let fs = prepare(client, "default/3/extract-b", "default/2/base").await;
-    write_layer(&fs, "diff", 2);
+    write_layer_with(&fs, "diff", 2, more);
     commit(client, "default/4/diff", "default/3/extract-b").await;
 }
 

@@ -105,14 +105,7 @@ pub async fn ready(
     let mut ram = keep(daemon, scope, wanted.digest, blob, tell).await?;
     ram.mlock = wanted.mlock;
     if wanted.preload {
-        let _alone = daemon.keyed.lock("preload".into()).await;
-        let from = ram.memory.clone();
-        let (place, why) = daemon.blocking(move |daemon| preload::place(daemon, &hex, &from)).await?;
-        if let Some(why) = why {
-            tracing::warn!(digest = %wanted.digest, "{why}");
-            tell(why);
-        }
-        ram.memory = place;
+        ram.memory = preload(daemon, &hex, ram.memory, tell).await?;
     }
     if wanted.mlock {
         let digest = wanted.digest.to_string();
@@ -124,6 +117,18 @@ pub async fn ready(
 
 async fn hold(daemon: &Arc<Daemon>, keys: Vec<String>, holders: Vec<u64>) -> Result<()> {
     daemon.blocking(move |daemon| daemon.store.hold_blobs(&keys, &holders)).await
+}
+
+/// Copies memory to tmpfs, if there is room, and says where it is to be mapped from.
+async fn preload(daemon: &Arc<Daemon>, hex: &str, memory: PathBuf, tell: Tell<'_>) -> Result<PathBuf> {
+    let _alone = daemon.keyed.lock("preload".into()).await;
+    let name = hex.to_owned();
+    let (place, why) = daemon.blocking(move |daemon| preload::place(daemon, &name, &memory)).await?;
+    if let Some(why) = why {
+        tracing::warn!(digest = hex, "{why}");
+        tell(why);
+    }
+    Ok(place)
 }
 
 async fn lock(daemon: &Arc<Daemon>, digest: String, memory: PathBuf, tell: Tell<'_>) -> Result<()> {
@@ -214,7 +219,7 @@ async fn copy(daemon: &Arc<Daemon>, path: PathBuf, digest: Digest) -> Result<(Fi
         .blocking(move |daemon| {
             let failed = || format!("cannot read {}", path.display());
             let file = open_plain(&path).context(failed)?;
-            let file = file.ok_or_else(|| Error::invalid(format!("{} is missing", path.display())))?;
+            let file = file.ok_or_else(|| Error::invalid(format!("the checkpoint lacks {}", path.display())))?;
             let size = file.metadata().context(failed)?.len();
             spool(daemon, file, digest, size)
         })
@@ -269,18 +274,26 @@ async fn try_ahead(daemon: &Arc<Daemon>, number: u64) -> Result<()> {
             {
                 tokio::time::sleep(EVERY).await;
             }
+            Ok(ram) if wanted.preload => {
+                return preload(daemon, &wanted.digest.hex(), ram.memory, &|_| ()).await.map(drop);
+            }
             kept => return kept.map(drop),
         }
     }
 }
 
 /// Locks again after a start what the machines that run need locked.
-pub async fn relock(daemon: &Arc<Daemon>) -> Result<()> {
-    let held = daemon.blocking(|daemon| daemon.store.held()).await?;
+pub async fn relock(daemon: Arc<Daemon>) {
+    let held = daemon.blocking(|daemon| daemon.store.held()).await;
+    let held = held.unwrap_or_else(|err| {
+        tracing::warn!(error = err.chain(), "RAM that must be locked in memory may not be");
+        Default::default()
+    });
     for digest in held.iter().filter_map(|key| locked::digest_of(key)) {
         let hex = digest.strip_prefix("sha256:").unwrap_or(digest);
-        let memory = daemon.preloads.find(hex).unwrap_or_else(|| memory_path(&daemon.layout.ram().join(hex)));
-        if let Err(err) = lock(daemon, digest.to_owned(), memory, &|_| ()).await {
+        let on_disk = || memory_path(&daemon.layout.ram().join(hex));
+        let memory = daemon.preloads.find(hex).unwrap_or_else(on_disk);
+        if let Err(err) = lock(&daemon, digest.to_owned(), memory, &|_| ()).await {
             tracing::warn!(
                 digest,
                 error = err.chain(),
@@ -288,5 +301,4 @@ pub async fn relock(daemon: &Arc<Daemon>) -> Result<()> {
             );
         }
     }
-    Ok(())
 }
