@@ -97,6 +97,11 @@ fn run() -> ! {
             if channel.send(&configured, &[]).is_err() {
                 exit(STATUS_NOT_BUILT);
             }
+            // While the engine reads that. No guest runs before every thread is behind its wall.
+            if let Err(err) = snapshots.wait_ready() {
+                tracing::error!("{}", report::chain(&StartError::Snapshots(err)));
+                exit(STATUS_NOT_BUILT);
+            }
             // Not dropped: the kernel takes the machine apart faster than we would, and nobody waits for it.
             let mut owner = ManuallyDrop::new(Owner::new(channel, mailbox, machine, snapshots, timeline));
             let reason = owner.run();
@@ -157,7 +162,6 @@ fn start(channel: &Channel, mut timeline: Recorder) -> Result<Started, StartErro
         Origin::Boot(payload) => machine.boot(payload, &mut timeline)?,
         Origin::Restore(saved) => machine.restore(&saved, &mut timeline)?,
     }
-    snapshots.wait_ready().map_err(StartError::Snapshots)?;
     Ok(Started { machine, mailbox, snapshots, timeline })
 }
 

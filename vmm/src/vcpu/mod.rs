@@ -1,6 +1,7 @@
 //! Processors: their registers at boot ([`regs`]), their threads ([`run`]), how all of them are stopped and let go
 //! ([`gate`]) and what a snapshot keeps of one ([`state`]).
 
+mod digits;
 pub mod gate;
 mod kick;
 pub mod regs;

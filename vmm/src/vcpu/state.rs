@@ -15,7 +15,7 @@ use ovms_state::{Persist, Section, StateError};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use super::Vcpu;
+use super::{digits, Vcpu};
 
 const KIND: &str = "vcpu";
 const VERSION: u32 = 1;
@@ -28,15 +28,23 @@ const MSR_TSC_DEADLINE: u32 = 0x6e0;
 
 #[derive(Serialize, Deserialize)]
 struct VcpuV1 {
+    #[serde(with = "digits")]
     mp_state: kvm_mp_state,
+    #[serde(with = "digits")]
     regs: kvm_regs,
+    #[serde(with = "digits")]
     sregs: kvm_sregs,
+    #[serde(with = "digits")]
     xsave: kvm_xsave,
+    #[serde(with = "digits")]
     xcrs: kvm_xcrs,
+    #[serde(with = "digits")]
     debug: kvm_debugregs,
+    #[serde(with = "digits")]
     apic: kvm_lapic_state,
     /// Index and value, in the order of the host's list.
     msrs: Vec<(u32, u64)>,
+    #[serde(with = "digits")]
     events: kvm_vcpu_events,
 }
 
