@@ -2,30 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from e2e.harness import process
 from e2e.harness.bed import Bed
 from e2e.harness.case import case, check, contains
+from e2e.harness.nerdctl import Nerdctl
 from e2e.harness.ovms import RUNTIME
-from testbed import gotools
-
-
-class _Nerdctl:
-    """nerdctl on the bed's containerd with a data root of its own."""
-
-    def __init__(self, bed: Bed) -> None:
-        self._bed = bed
-        networks = bed.dir / "cni"
-        networks.mkdir()
-        self._words: list[str | Path] = [
-            gotools.directory(gotools.NERDCTL) / "nerdctl", "--address", bed.containerd.socket, "--namespace", bed.namespace,
-            "--snapshotter", "ovms", "--data-root", bed.dir / "nerdctl", "--cni-path", "/usr/lib/cni",
-            "--cni-netconfpath", networks, "--cgroup-manager", "cgroupfs",
-        ]
-
-    def __call__(self, *words: str, status: int | None = 0) -> process.Done:
-        return process.run([*self._words, *words], status=status, timeout=self._bed.patience * 4, env=self._bed.containerd.env)
 
 
 @case(guests=("native",))
@@ -33,7 +14,7 @@ def run_attached(bed: Bed) -> None:
     """`nerdctl run --rm` shows the console and exits as the machine did."""
     image = bed.import_vm("poweroff")
 
-    done = _Nerdctl(bed)("run", "--rm", "--net", "none", "--runtime", RUNTIME, image)
+    done = Nerdctl(bed)("run", "--rm", "--net", "none", "--runtime", RUNTIME, image)
 
     contains(done.out, bed.guests.ready("poweroff"), "the guest's console")
 
@@ -41,7 +22,7 @@ def run_attached(bed: Bed) -> None:
 @case(guests=("native",))
 def life_of_a_detached_machine(bed: Bed) -> None:
     """run -d, logs, pause, unpause, stats, inspect, stop and rm."""
-    nerdctl = _Nerdctl(bed)
+    nerdctl = Nerdctl(bed)
     nerdctl("run", "-d", "--net", "none", "--name", "vm", "--runtime", RUNTIME, bed.import_vm("wait"))
     process.until("the log has the console", lambda: bed.guests.ready("wait") in nerdctl("logs", "vm").text, bed.patience)
 
@@ -63,6 +44,6 @@ def a_volume_is_refused_by_name(bed: Bed) -> None:
     """`-v` would be lost in a machine without an agent, so it is refused with its destination."""
     image = bed.import_vm("poweroff")
 
-    done = _Nerdctl(bed)("run", "--rm", "--net", "none", "-v", "/etc:/data:ro", "--runtime", RUNTIME, image, status=None)
+    done = Nerdctl(bed)("run", "--rm", "--net", "none", "-v", "/etc:/data:ro", "--runtime", RUNTIME, image, status=None)
 
     bed.refused(done, "/data")
