@@ -4,8 +4,10 @@ PREFIX ?= /usr/local
 DESTDIR ?=
 E2E ?= auto
 CASE ?= *
+CONTAINERD ?=
 FUZZ_SECONDS ?= 20
 CARGO ?= cargo
+BUILT ?= target/release
 
 BINARIES := ovm ovms-vmm ovms-snapshotter containerd-shim-ovms-v1
 export DEBIAN_FRONTEND = noninteractive
@@ -25,7 +27,7 @@ build: ## Build the four programs into target/release
 
 install: build ## Install programs, settings, containerd snippet and systemd units below DESTDIR and PREFIX
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)/etc/ovms $(DESTDIR)/lib/systemd/system $(DESTDIR)$(PREFIX)/share/ovms
-	install -m 0755 $(BINARIES:%=target/release/%) $(DESTDIR)$(PREFIX)/bin/
+	install -m 0755 $(BINARIES:%=$(BUILT)/%) $(DESTDIR)$(PREFIX)/bin/
 	test -e $(DESTDIR)/etc/ovms/ovms.toml || install -m 0644 config/ovms.toml $(DESTDIR)/etc/ovms/ovms.toml
 	install -m 0644 config/containerd/*.toml $(DESTDIR)$(PREFIX)/share/ovms/
 	for unit in config/systemd/*; do sed 's|/usr/local/bin|$(PREFIX)/bin|' $$unit > $(DESTDIR)/lib/systemd/system/$${unit##*/}; done
@@ -51,8 +53,8 @@ suite: ## Build containerd's own snapshotter test suite and the tests' container
 	cd test/snapshotter-suite && CGO_ENABLED=0 go test -c -trimpath -o ../../target/e2e/snapshotter-suite .
 	cd test/snapshotter-suite && CGO_ENABLED=0 go build -trimpath -o ../../target/e2e/samedisk ./samedisk
 
-e2e: build guests suite ## Run the end-to-end cases: E2E=auto|native|nested|direct CASE=glob
-	E2E='$(E2E)' CASE='$(CASE)' python3 test/e2e/run.py
+e2e: build guests suite ## Run the end-to-end cases: E2E=auto|native|nested|direct CASE=glob CONTAINERD='2.4 2.3 2.1 1.7'
+	E2E='$(E2E)' CASE='$(CASE)' CONTAINERD='$(CONTAINERD)' python3 test/e2e/run.py
 
 bench: build guests ## Measure each promise beside its floor; writes target/bench/report.json
 	python3 test/bench/run.py
