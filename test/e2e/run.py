@@ -3,6 +3,7 @@
 
     E2E=native|nested|direct|auto   where (auto: the best the host offers)
     CASE='GLOB ...'                 only the cases whose name matches one of them
+    CONTAINERD='2.3 2.1'            on these releases of containerd instead of 2.4 and 1.7
     run.py --list                   prints the names
 
 Native cases boot bare-metal guests on any /dev/kvm, direct ones an unmodified Debian on a host with
@@ -19,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from e2e import cases
-from e2e.harness import places, process, report, runner
+from e2e.harness import containerd, places, process, report, runner
 
 
 def main() -> int:
@@ -38,6 +39,8 @@ def main() -> int:
         for name in runner.names():
             print(name)
         return 0
+    if unknown := set(runner.containerds()) - set(containerd.RELEASES):
+        parser.error(f"there is no {', '.join(sorted(unknown))} to test with, only {', '.join(containerd.RELEASES)}")
     results = runner.run_everywhere(options.where, options.case, options.inside, options.report)
     return report.close(results, options.report, quiet=options.inside)
 

@@ -26,24 +26,29 @@ class GoSet:
     ldflags: str = ""
 
 
-CONTAINERD_2 = GoSet(
-    "containerd-2.4",
-    "github.com/containerd/containerd/v2",
-    "v2.4.2",
-    ("cmd/containerd", "cmd/ctr", "cmd/containerd-shim-runc-v2"),
-    "-X github.com/containerd/containerd/v2/version.Version=v2.4.2",
-)
-CONTAINERD_1 = GoSet(
-    "containerd-1.7",
-    "github.com/containerd/containerd",
-    "v1.7.35",
-    ("cmd/containerd", "cmd/ctr", "cmd/containerd-shim-runc-v2"),
-    "-X github.com/containerd/containerd/version.Version=v1.7.35",
-)
+def _containerd(module: str, version: str) -> GoSet:
+    return GoSet(
+        f"containerd-{'.'.join(version.removeprefix('v').split('.')[:2])}",
+        module,
+        version,
+        ("cmd/containerd", "cmd/ctr", "cmd/containerd-shim-runc-v2"),
+        f"-X {module}/version.Version={version}",
+    )
+
+
+_CONTAINERD_1 = "github.com/containerd/containerd"
+_CONTAINERD_2 = f"{_CONTAINERD_1}/v2"
+
+CONTAINERD_2_4 = _containerd(_CONTAINERD_2, "v2.4.2")
+CONTAINERD_1_7 = _containerd(_CONTAINERD_1, "v1.7.35")
+#: Built only when they are asked for: each takes some two minutes.
+CONTAINERD_2_1 = _containerd(_CONTAINERD_2, "v2.1.9")
+CONTAINERD_2_3 = _containerd(_CONTAINERD_2, "v2.3.7")
 ORAS = GoSet("oras", "oras.land/oras", "v1.3.6", ("cmd/oras",))
 NERDCTL = GoSet("nerdctl", "github.com/containerd/nerdctl/v2", "v2.0.4", ("cmd/nerdctl",))
 
-ALL = (CONTAINERD_2, CONTAINERD_1, ORAS, NERDCTL)
+ALL = (CONTAINERD_2_4, CONTAINERD_1_7, ORAS, NERDCTL)
+OPTIONAL = (CONTAINERD_2_1, CONTAINERD_2_3)
 
 
 def _build(spec: GoSet, out: Path) -> None:

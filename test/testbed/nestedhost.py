@@ -31,7 +31,7 @@ _SCRIPTS = Path(__file__).parent / "host"
 _PORTS = 6
 _FRAME = struct.Struct(">cI")
 #: Variables that a command in the host gets from here, beside those of ovms.
-_PASSED = ("RUST_LOG", "RUST_BACKTRACE")
+_PASSED = ("CONTAINERD", "RUST_LOG", "RUST_BACKTRACE")
 _VIRTIOFSD = "/usr/lib/qemu/virtiofsd"
 
 #: Emulated and on a busy machine: generous, since a host that never comes up is found by its exit.

@@ -13,6 +13,11 @@ if TYPE_CHECKING:
 CONTAINERDS = ("containerd-2.4", "containerd-1.7")
 
 
+def major(release: str) -> int:
+    """1 or 2, of a release as in `CONTAINERDS`."""
+    return int(release.partition("-")[2].partition(".")[0])
+
+
 class CaseFailed(Exception):
     """What the case looked for is not so; the message says what was seen instead."""
 
@@ -35,6 +40,13 @@ class Case:
     containerds: tuple[str, ...]
     #: Seconds it may take on a machine with hardware virtualisation.
     seconds: float
+
+    def releases(self, chosen: tuple[str, ...]) -> tuple[str, ...]:
+        """What it runs on if `chosen` was asked for: the releases as new as those that it is meant for."""
+        majors = {major(release) for release in self.containerds}
+        if chosen == CONTAINERDS:
+            return self.containerds
+        return tuple(release for release in chosen if major(release) in majors)
 
 
 CASES: list[Case] = []

@@ -11,19 +11,22 @@ from pathlib import Path
 from testbed import gotools
 
 from . import process
-from .case import CaseFailed
+from .case import CaseFailed, major
 from .process import Daemon, Done
 
-_SETS = {"containerd-2.4": gotools.CONTAINERD_2, "containerd-1.7": gotools.CONTAINERD_1}
+#: The releases that cases can run on.
+RELEASES = {spec.name: spec for spec in (
+    gotools.CONTAINERD_2_4, gotools.CONTAINERD_2_3, gotools.CONTAINERD_2_1, gotools.CONTAINERD_1_7,
+)}
 
-#: Plugins that no case uses and that cost start-up time or look at the machine outside.
+#: Plugins that no case uses and that cost start-up time or look at the machine outside, by major version.
 _DISABLED = {
-    "containerd-2.4": (
+    2: (
         "io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime", "io.containerd.grpc.v1.cri",
         "io.containerd.nri.v1.nri", "io.containerd.internal.v1.opt", "io.containerd.tracing.processor.v1.otlp",
         "io.containerd.internal.v1.tracing",
     ),
-    "containerd-1.7": (
+    1: (
         "io.containerd.grpc.v1.cri", "io.containerd.nri.v1.nri", "io.containerd.internal.v1.opt",
         "io.containerd.tracing.processor.v1.otlp", "io.containerd.internal.v1.tracing",
     ),
@@ -32,7 +35,7 @@ _DISABLED = {
 
 def programs(release: str) -> Path:
     """The directory with containerd, ctr and the runc shim of a release."""
-    return gotools.directory(_SETS[release])
+    return gotools.directory(RELEASES[release])
 
 
 class Containerd:
@@ -54,8 +57,8 @@ class Containerd:
         self._daemon = self._start()
 
     def _base_config(self) -> str:
-        disabled = ", ".join(f'"{name}"' for name in _DISABLED[self.release])
-        version = 3 if self.release == "containerd-2.4" else 2
+        disabled = ", ".join(f'"{name}"' for name in _DISABLED[major(self.release)])
+        version = 3 if major(self.release) == 2 else 2
         return (
             f'version = {version}\nroot = "{self._directory / "root"}"\nstate = "{self._directory / "state"}"\n'
             f"disabled_plugins = [{disabled}]\n"

@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 from . import process
-from .case import CaseFailed
+from .case import CaseFailed, major
 from .process import Daemon
 
 REPO = Path(__file__).resolve().parents[3]
@@ -61,7 +61,7 @@ class Ovms:
 
     def snippet(self, release: str) -> str:
         """The shipped containerd configuration for a release, with the sockets of this case."""
-        name = "ovms-v3.toml" if release == "containerd-2.4" else "ovms-v2.toml"
+        name = "ovms-v3.toml" if major(release) == 2 else "ovms-v2.toml"
         shipped = REPO / "config/containerd" / name
         text = shipped.read_text(encoding="utf-8")
         lines = [line for line in text.splitlines() if not line.startswith("version")]

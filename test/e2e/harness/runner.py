@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 import shutil
 import signal
 import sys
@@ -38,6 +39,12 @@ class _TimedOut(Exception):
     """The case used up its time."""
 
 
+def containerds() -> tuple[str, ...]:
+    """The releases of containerd to run on: those of `CONTAINERD`, newest first, or what every run covers."""
+    asked = os.environ.get("CONTAINERD", "").split()
+    return tuple(f"containerd-{version}" for version in asked) or CONTAINERDS
+
+
 def names() -> list[str]:
     """The names of all cases, in the order in which they run."""
     return [case.name for case in CASES]
@@ -64,7 +71,7 @@ def run_everywhere(where: str, pattern: str, inside: bool, path: Path) -> list[O
 def _make_what_is_missing(where: str) -> None:
     """Fills the cache before the first case's clock runs, and outside the nested host, which only reads it."""
     usable = [place for place in places.chosen(where) if not places.unusable(place)]
-    for release in CONTAINERDS if usable else ():
+    for release in containerds() if usable else ():
         programs(release)
     if usable:
         gotools.directory(gotools.ORAS)
@@ -144,7 +151,7 @@ def _run_here(wanted: list[Case], place: str) -> Iterator[Outcome]:
         for case in wanted:
             if kind not in case.guests:
                 continue
-            releases = case.containerds or ("",)
+            releases = case.releases(containerds()) if case.containerds else ("",)
             # An emulated host is slow: one containerd there, all of them on this machine.
             for release in releases[:1] if place == "nested" else releases:
                 where = f"{place}/{release}" if release else place
