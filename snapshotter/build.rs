@@ -1,14 +1,17 @@
-//! Generates the message types and service traits of containerd's API from the files in `proto/`.
+//! Generates the message types and service traits that containerd calls from the files in `proto/`.
+
+/// Messages that several services share.
+const SHARED: &str = "../libs/containerd/proto";
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let servers = ["proto/snapshots.proto", "proto/diff.proto"];
-    let clients = ["proto/content.proto", "proto/containers.proto", "proto/images.proto", "proto/leases.proto"];
-    for file in servers.iter().chain(&clients).chain(&["proto/types.proto"]) {
+    for file in servers {
         println!("cargo:rerun-if-changed={file}");
     }
+    println!("cargo:rerun-if-changed={SHARED}/types.proto");
     tonic_prost_build::configure()
         .build_transport(false)
-        .bytes(".containerd.services.content.v1")
-        .compile_protos(&[&servers[..], &clients[..]].concat(), &["proto"])?;
+        .extern_path(".containerd.types", "::ovms_containerd::proto::types")
+        .compile_protos(&servers, &["proto", SHARED])?;
     Ok(())
 }

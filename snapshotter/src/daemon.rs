@@ -5,7 +5,6 @@ use std::sync::Arc;
 
 use ovms_config::Settings;
 
-use crate::containerd::Containerd;
 use crate::error::{Context, Error, Result};
 use crate::keyed::Keyed;
 use crate::layout::{self, Layout};
@@ -14,6 +13,7 @@ use crate::mounts::OverlayOptions;
 use crate::progress::Conversions;
 use crate::store::{Chain, Content, Kind, NewSnapshot, Record, Store, Usage};
 use crate::usage;
+use ovms_containerd::Containerd;
 
 /// The daemon.
 #[derive(Debug)]

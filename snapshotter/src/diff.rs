@@ -13,15 +13,15 @@ use std::sync::Arc;
 use ovms_artifact::media;
 use tonic::{async_trait, Request, Response, Status};
 
-use crate::containerd::Scope;
 use crate::daemon::Daemon;
 use crate::error::{Error, Kind as ErrorKind, Result};
 use crate::mounts;
 use crate::ordinary::{self, Applied, Found};
 use crate::proto::diff::diff_server::Diff;
 use crate::proto::diff::{ApplyRequest, ApplyResponse, DiffRequest, DiffResponse};
-use crate::proto::types::{Descriptor, Mount};
 use crate::store::{Chain, Content, Kind};
+use ovms_containerd::proto::types::{Descriptor, Mount};
+use ovms_containerd::Scope;
 
 /// The service.
 #[derive(Debug)]

@@ -113,6 +113,20 @@ impl StdError for Error {
     }
 }
 
+impl From<ovms_containerd::Error> for Error {
+    fn from(error: ovms_containerd::Error) -> Self {
+        use ovms_containerd::Kind as Theirs;
+        let kind = match error.kind() {
+            Theirs::NotFound => Kind::NotFound,
+            Theirs::Invalid => Kind::Invalid,
+            Theirs::Precondition => Kind::Precondition,
+            Theirs::Unavailable => Kind::Unavailable,
+            Theirs::Internal => Kind::Internal,
+        };
+        Self { kind, message: error.to_string(), source: error.into_source() }
+    }
+}
+
 impl From<Error> for Status {
     fn from(error: Error) -> Self {
         let code = match error.kind {

@@ -11,7 +11,6 @@
 #![deny(unsafe_code)]
 
 mod bundle;
-mod containerd;
 mod daemon;
 mod diff;
 mod error;
@@ -43,12 +42,12 @@ use tokio::signal::unix::{signal, SignalKind};
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
 
-use crate::containerd::MAX_MESSAGE;
 use crate::daemon::Daemon;
 use crate::error::{Context, Result};
 use crate::listen::Sockets;
 use crate::proto::diff::diff_server::DiffServer;
 use crate::proto::snapshots::snapshots_server::SnapshotsServer;
+use ovms_containerd::MAX_MESSAGE;
 
 /// How long requests may go on after SIGTERM: an unpack that is cut off is done again, so not long.
 const GRACE: Duration = Duration::from_secs(10);

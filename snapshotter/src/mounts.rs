@@ -7,8 +7,8 @@
 use std::path::Path;
 
 use crate::layout::Layout;
-use crate::proto::types::Mount;
 use crate::store::{Chain, Content, Kind};
+use ovms_containerd::proto::types::Mount;
 
 /// Mount options that this host's overlay wants beside the directories.
 #[derive(Clone, Debug, Default)]

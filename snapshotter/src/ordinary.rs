@@ -13,12 +13,12 @@ use ovms_artifact::layer::{self, Encoding, LayerError};
 use ovms_artifact::media::Compression;
 use ovms_config::settings::LimitSettings;
 
-use crate::containerd::BlobReader;
 use crate::daemon::Daemon;
 use crate::error::{Context, Error, Kind as ErrorKind, Result};
-use crate::proto::types::Descriptor;
 use crate::store::Chain;
 use crate::untar::{self, Target};
+use ovms_containerd::proto::types::Descriptor;
+use ovms_containerd::BlobReader;
 
 /// As much of a layer as is looked at to tell what it is.
 const BEGINNING: u64 = 256 << 10;

@@ -1,43 +1,10 @@
-//! containerd's wire types and service traits, generated from `proto/` by the build script.
+//! The services that containerd calls, generated from `proto/` by the build script. The messages that they share with the
+//! services that we call are those of `ovms_containerd`.
 #![allow(missing_docs, clippy::all, clippy::pedantic, reason = "generated code, documented in containerd's API")]
 
-pub mod types {
-    tonic::include_proto!("containerd.types");
+pub mod snapshots {
+    tonic::include_proto!("containerd.services.snapshots.v1");
 }
-/// The snapshots service.
-pub mod services {
-    pub mod snapshots {
-        pub mod v1 {
-            tonic::include_proto!("containerd.services.snapshots.v1");
-        }
-    }
-    pub mod diff {
-        pub mod v1 {
-            tonic::include_proto!("containerd.services.diff.v1");
-        }
-    }
-    pub mod content {
-        pub mod v1 {
-            tonic::include_proto!("containerd.services.content.v1");
-        }
-    }
-    pub mod containers {
-        pub mod v1 {
-            tonic::include_proto!("containerd.services.containers.v1");
-        }
-    }
-    pub mod images {
-        pub mod v1 {
-            tonic::include_proto!("containerd.services.images.v1");
-        }
-    }
-    pub mod leases {
-        pub mod v1 {
-            tonic::include_proto!("containerd.services.leases.v1");
-        }
-    }
+pub mod diff {
+    tonic::include_proto!("containerd.services.diff.v1");
 }
-pub use services::{
-    containers::v1 as containers, content::v1 as content, diff::v1 as diff, images::v1 as images, leases::v1 as leases,
-    snapshots::v1 as snapshots,
-};

@@ -20,8 +20,8 @@ use crate::proto::snapshots::{
     StatSnapshotRequest, StatSnapshotResponse, UpdateSnapshotRequest, UpdateSnapshotResponse, UsageRequest,
     UsageResponse, ViewSnapshotRequest, ViewSnapshotResponse,
 };
-use crate::proto::types::Mount;
 use crate::store::{Content, Kind, Layer, NewSnapshot, Record, Time};
+use ovms_containerd::proto::types::Mount;
 
 /// Snapshots in one message of a `List` answer, as containerd's own service sends them.
 const LIST_BATCH: usize = 100;

@@ -11,10 +11,10 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
 use tonic::{Code, Status};
 
-use crate::containerd::Scope;
 use crate::error::{Context, Error, Result};
-use crate::proto::content::content_client::ContentClient;
-use crate::proto::content::{AbortRequest, Info, UpdateRequest, WriteAction, WriteContentRequest};
+use ovms_containerd::proto::content::content_client::ContentClient;
+use ovms_containerd::proto::content::{AbortRequest, Info, UpdateRequest, WriteAction, WriteContentRequest};
+use ovms_containerd::Scope;
 
 /// Bytes in one message.
 const CHUNK: usize = 1 << 20;

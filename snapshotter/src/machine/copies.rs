@@ -8,10 +8,10 @@ use std::sync::Arc;
 
 use ovms_artifact::digest::{Digest, VerifyingReader};
 
-use crate::containerd::Scope;
 use crate::daemon::Daemon;
 use crate::error::{Context, Error, Kind as ErrorKind, Result};
 use crate::layout;
+use ovms_containerd::Scope;
 
 /// Makes sure that a blob is here, which its snapshot holds already: a cleanup takes away what nobody holds. `field`
 /// names it in errors (`kernel.ref`).
@@ -28,14 +28,15 @@ pub async fn keep(daemon: &Arc<Daemon>, scope: &Scope, field: &str, digest: Dige
         };
         Error::new(err.kind(), message).because(err)
     };
-    let size = daemon.containerd.blob_size(scope, &digest.to_string()).await.map_err(named)?;
+    let size = daemon.containerd.blob_size(scope, &digest.to_string()).await.map_err(|err| named(err.into()))?;
     let most = daemon.settings.limits.boot_file;
     if size > most {
         return Err(Error::invalid(format!(
             "{field}: blob {digest} has {size} bytes, more than the {most} allowed (limits.boot_file)"
         )));
     }
-    let (reader, _transfer) = daemon.containerd.read_blob(scope, &digest.to_string()).await.map_err(named)?;
+    let (reader, _transfer) =
+        daemon.containerd.read_blob(scope, &digest.to_string()).await.map_err(|err| named(err.into()))?;
     let to = path.clone();
     let copied = daemon
         .blocking(move |daemon| {

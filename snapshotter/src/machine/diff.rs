@@ -19,13 +19,13 @@ use ovms_disk::Stack;
 
 use super::resolve::prepare;
 use super::tops::{open_still, Still};
-use crate::containerd::Scope;
 use crate::daemon::Daemon;
 use crate::error::{Context, Error, Kind as ErrorKind, Result};
 use crate::proto::diff::DiffRequest;
-use crate::proto::types::Descriptor;
 use crate::store::Chain;
 use crate::upload::{self, BlobWriter};
+use ovms_containerd::proto::types::Descriptor;
+use ovms_containerd::Scope;
 
 /// Label by which containerd's clients learn the diff_id of a layer's blob.
 const UNCOMPRESSED: &str = "containerd.io/uncompressed";

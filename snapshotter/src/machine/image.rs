@@ -7,9 +7,9 @@ use ovms_artifact::manifest::{Manifest, MAX_MANIFEST};
 use ovms_artifact::{media, oci};
 
 use super::refused;
-use crate::containerd::{Containerd, Scope};
 use crate::error::{Context, Error, Result};
-use crate::proto::images as api;
+use ovms_containerd::proto::images as api;
+use ovms_containerd::{Containerd, Scope};
 
 /// What the image's documents say.
 #[derive(Debug)]
@@ -59,7 +59,7 @@ async fn record(containerd: &Containerd, scope: &Scope, id: &str) -> Result<api:
     if container.image.is_empty() {
         return Err(Error::invalid(format!("container {id} has no image, and its layers have no descriptor")));
     }
-    containerd.image(scope, &container.image).await.map_err(|err| {
+    containerd.image(scope, &container.image).await.map_err(Error::from).map_err(|err| {
         let message = format!(
             "the image {} of container {id} has no descriptor layer and is needed for its kernel: keep the image until \
              its machine has started",

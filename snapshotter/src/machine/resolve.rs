@@ -12,11 +12,11 @@ use super::checkpoint::{Checkpoint, MARK};
 use super::tops::{self, Base};
 use super::unpack::{finish_parents, Tell};
 use super::{copies, disk_below, image, layer_of, layers_below, resume, ReadyLayer};
-use crate::containerd::Scope;
 use crate::daemon::Daemon;
 use crate::error::{Context, Error, Result};
 use crate::layout;
 use crate::store::{Chain, Content, Kind, Layer};
+use ovms_containerd::Scope;
 
 /// Name of the bundle record in a snapshot's directory.
 pub const BUNDLE: &str = "bundle.json";

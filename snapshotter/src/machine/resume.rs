@@ -17,10 +17,10 @@ use super::checkpoint::{Checkpoint, Mark, MARK};
 use super::ram::{self, locked, Wanted};
 use super::tops::{self, Seen};
 use super::unpack::Tell;
-use crate::containerd::Scope;
 use crate::daemon::Daemon;
 use crate::error::{Context, Error, Result};
 use crate::store::Chain;
+use ovms_containerd::Scope;
 
 /// Brings a bundle's record in line with that.
 pub async fn add_ram(

@@ -21,14 +21,14 @@ use ovms_disk::{Table, Top};
 
 use super::tops::Tops;
 use super::{disk_below, layer_dir, layers_below, write, Layer, LayerDisk, LAYER, MANIFEST, TABLE};
-use crate::containerd::Scope;
 use crate::daemon::Daemon;
 use crate::error::{Context, Error, Kind as ErrorKind, Result};
 use crate::layout;
 use crate::ordinary::Applied;
 use crate::progress::Work;
-use crate::proto::types::Descriptor;
 use crate::store::{Chain, Content, Kind, Layer as State, Record};
+use ovms_containerd::proto::types::Descriptor;
+use ovms_containerd::Scope;
 
 /// Says how far a long piece of work is.
 pub type Tell<'a> = &'a (dyn Fn(String) + Send + Sync);

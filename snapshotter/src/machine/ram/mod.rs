@@ -29,11 +29,11 @@ use ovms_config::settings::RamPolicy;
 
 use super::layer_of;
 use super::unpack::{open_plain, telling, Tell};
-use crate::containerd::Scope;
 use crate::daemon::Daemon;
 use crate::error::{Context, Error, Kind as ErrorKind, Result};
 use crate::progress::Work;
 use crate::store::{Content, Kind, Layer};
+use ovms_containerd::Scope;
 
 /// The most blobs of a chain that are fetched; the format allows fewer.
 const MAX_CHAIN: usize = 64;
@@ -208,8 +208,9 @@ async fn receive(daemon: &Arc<Daemon>, scope: &Scope, digest: Digest) -> Result<
         };
         Error::new(err.kind(), message).because(err)
     };
-    let size = daemon.containerd.blob_size(scope, &digest.to_string()).await.map_err(named)?;
-    let (reader, _transfer) = daemon.containerd.read_blob(scope, &digest.to_string()).await.map_err(named)?;
+    let size = daemon.containerd.blob_size(scope, &digest.to_string()).await.map_err(|err| named(err.into()))?;
+    let (reader, _transfer) =
+        daemon.containerd.read_blob(scope, &digest.to_string()).await.map_err(|err| named(err.into()))?;
     daemon.blocking(move |daemon| spool(daemon, reader, digest, size)).await.map_err(named)
 }
 
