@@ -14,6 +14,11 @@ const TSC_TOLERANCE_PPM: u64 = 250;
 /// The capability that lets a guest run at another clock rate than its host's.
 pub(crate) const TSC_SCALING: &str = "tsc-scaling";
 
+/// The longest list of a fingerprint; processors have about 60 leaves.
+const MAX_LIST: usize = 1024;
+/// The longest name in a fingerprint, in bytes.
+const MAX_NAME: usize = 64;
+
 /// One leaf of CPUID, as `kvm_cpuid_entry2` has it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -174,6 +179,21 @@ impl Fingerprint {
         self.check_tsc(host)
     }
 
+    /// The bounds of the format: what is printed is printable, and none of the lists is long.
+    pub(crate) fn validate(&self) -> Result<(), String> {
+        let lists = [("CPUID", self.cpuid.len()), ("capabilities", self.capabilities.len())];
+        let machine = [("devices", self.devices.len()), ("disks", self.disks.len())];
+        if let Some((what, count)) = lists.into_iter().chain(machine).find(|(_, count)| *count > MAX_LIST) {
+            return Err(format!("its list of {what} has {count} entries, at most {MAX_LIST}"));
+        }
+        let is_name = |text: &String| text.len() <= MAX_NAME && text.bytes().all(|b| b.is_ascii_graphic());
+        let mut names = self.capabilities.iter().chain(&self.devices).chain([&self.vmm]);
+        match names.all(is_name) {
+            true => Ok(()),
+            false => Err(format!("its fingerprint holds a name that is not up to {MAX_NAME} printable characters")),
+        }
+    }
+
     fn check_tsc(&self, host: &Fingerprint) -> Result<(), Incompatible> {
         let (needed, found) = (self.tsc_khz, host.tsc_khz);
         if needed == 0 || found == 0 || host.capabilities.iter().any(|has| has == TSC_SCALING) {
@@ -213,5 +233,98 @@ fn listed(names: &[String]) -> String {
         "none".into()
     } else {
         names.join(", ")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn leaf(function: u32, index: u32, [eax, ebx, ecx, edx]: [u32; 4]) -> CpuidEntry {
+        CpuidEntry { function, index, flags: 0, eax, ebx, ecx, edx }
+    }
+
+    /// A small processor: vendor, SSE2 and FPU, AVX2, address sizes.
+    fn print() -> Fingerprint {
+        let letters = |text: &[u8; 4]| u32::from_le_bytes(*text);
+        let cpuid = vec![
+            leaf(0, 0, [7, letters(b"Auth"), letters(b"cAMD"), letters(b"enti")]),
+            leaf(1, 0, [0, 0, 1 << 27 | 1 << 31, 1 << 26 | 1]),
+            leaf(7, 0, [0, 1 << 5, 0, 0]),
+            leaf(0x8000_0008, 0, [48 << 8 | 40, 0, 0, 0]),
+        ];
+        let capabilities = vec!["irqchip-split".to_owned(), "xcrs".into()];
+        Fingerprint { cpuid, capabilities, tsc_khz: 2_000_000, ..Fingerprint::default() }
+    }
+
+    fn refusal(host: &Fingerprint) -> String {
+        print().check(host).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn the_same_host_and_a_better_one_can_go_on() {
+        print().check(&print()).unwrap();
+        let mut better = print();
+        better.cpuid[2].ebx = u32::MAX;
+        better.cpuid[3].eax = 57 << 8 | 52;
+        better.capabilities.push("more".into());
+        better.tsc_khz += 400;
+        print().check(&better).unwrap();
+    }
+
+    #[test]
+    fn missing_features_are_named_with_their_place() {
+        let mut host = print();
+        host.cpuid[1].edx = 1;
+        host.cpuid.remove(2);
+        let want = "CPU features: found CPUID 0x1.0 EDX 0x00000001, CPUID 0x7.0 EBX 0x00000000, needed \
+                    sse2 (CPUID 0x1.0 EDX bit 26), avx2 (CPUID 0x7.0 EBX bit 5)";
+        assert_eq!(refusal(&host), want);
+    }
+
+    #[test]
+    fn state_of_the_guest_in_a_feature_register_is_no_feature() {
+        let mut host = print();
+        host.cpuid[1].ecx = 0;
+        print().check(&host).unwrap();
+    }
+
+    #[test]
+    fn another_vendor_or_smaller_addresses_are_refused() {
+        let mut host = print();
+        host.cpuid[0].ebx = u32::from_le_bytes(*b"Genu");
+        assert!(refusal(&host).starts_with("the processor's vendor: found GenuenticAMD, needed AuthenticAMD"));
+        let mut host = print();
+        host.cpuid[3].eax = 48 << 8 | 39;
+        assert_eq!(refusal(&host), "bits of a physical address: found 39, needed 40");
+    }
+
+    #[test]
+    fn a_missing_capability_is_named() {
+        let host = Fingerprint { capabilities: vec!["irqchip-split".into()], ..print() };
+        assert_eq!(refusal(&host), "the KVM capability xcrs: found irqchip-split");
+        let host = Fingerprint { capabilities: Vec::new(), ..print() };
+        assert_eq!(refusal(&host), "the KVM capability irqchip-split: found none");
+    }
+
+    #[test]
+    fn another_clock_rate_needs_scaling() {
+        let mut host = Fingerprint { tsc_khz: 2_000_501, ..print() };
+        assert!(refusal(&host).starts_with("the time-stamp counter's rate: found 2000501 kHz"));
+        host.capabilities.push(TSC_SCALING.into());
+        print().check(&host).unwrap();
+    }
+
+    #[test]
+    fn another_machine_is_refused_by_device_and_disk() {
+        let disk = DiskPrint { size: 4096, read_only: false };
+        let print = Fingerprint { devices: vec!["serial".into()], disks: vec![disk], ..print() };
+        print.check_machine(&["serial".into()], &[disk]).unwrap();
+        let say =
+            |devices: &[String], disks: &[DiskPrint]| print.check_machine(devices, disks).unwrap_err().to_string();
+        assert_eq!(say(&[], &[disk]), "the machine's devices: found none, needed serial");
+        assert_eq!(say(&["serial".into()], &[]), "disk 0: found none, needed 4096 bytes");
+        let other = DiskPrint { size: 8192, read_only: true };
+        assert_eq!(say(&["serial".into()], &[other]), "disk 0: found 8192 bytes, read-only, needed 4096 bytes");
     }
 }

@@ -97,6 +97,7 @@ impl Head {
             let vcpus = self.vcpus;
             return Err(SnapshotError::damaged(format!("it has {vcpus} vCPUs, not 1 to {MAX_VCPUS}")));
         }
+        self.fingerprint.validate().map_err(SnapshotError::Damaged)?;
         match &self.parent {
             Some(parent) if !is_digest(parent) => Err(SnapshotError::damaged("its parent is no sha256 digest")),
             _ => Ok(()),

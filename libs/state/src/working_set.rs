@@ -122,3 +122,48 @@ impl WorkingSet {
         Ok(Self { ranges })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MEMORY: u64 = 1 << 20;
+
+    fn set(ranges: &[(u64, u64)]) -> WorkingSet {
+        WorkingSet { ranges: ranges.iter().map(|(first, count)| PageRange { first: *first, count: *count }).collect() }
+    }
+
+    #[test]
+    fn decode_of_encoded_pages_gives_their_ranges() {
+        let pages = WorkingSet::of_pages([1, 2, 3, 9, 255]);
+        assert_eq!(pages, set(&[(1, 3), (9, 1), (255, 1)]));
+        assert_eq!((WorkingSet::decode(&pages.encode(), MEMORY).unwrap(), pages.pages()), (pages.clone(), 5));
+    }
+
+    #[test]
+    fn of_too_many_pages_leaves_out_the_rest() {
+        let pages = WorkingSet::of_pages((0..u64::MAX).step_by(2).take(MAX_RANGES + 5));
+        assert_eq!(pages.ranges.len(), MAX_RANGES);
+        assert_eq!(WorkingSet::decode(&pages.encode(), u64::MAX).unwrap(), pages);
+    }
+
+    #[test]
+    fn decode_of_impossible_ranges_returns_damaged() {
+        for ranges in [&[(256, 1)][..], &[(0, 257)], &[(0, 0)], &[(5, 2), (6, 1)], &[(6, 1), (5, 1)], &[(9, u64::MAX)]]
+        {
+            let err = WorkingSet::decode(&set(ranges).encode(), MEMORY).unwrap_err();
+            assert!(err.to_string().contains("pages that are not there"), "{ranges:?}: {err}");
+        }
+    }
+
+    #[test]
+    fn every_flipped_byte_and_every_truncation_is_refused() {
+        let good = set(&[(1, 3), (9, 1)]).encode();
+        for at in 0..good.len() {
+            let mut bad = good.clone();
+            bad[at] ^= 1;
+            assert!(WorkingSet::decode(&bad, MEMORY).is_err(), "byte {at}");
+            assert!(WorkingSet::decode(&good[..at], MEMORY).is_err(), "{at} bytes");
+        }
+    }
+}
