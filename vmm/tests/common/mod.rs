@@ -426,9 +426,24 @@ impl Disk {
         self.tops[index].each_ref().map(|file| file.try_clone().unwrap())
     }
 
+    /// The disk with all its tops; the last one is written.
     pub fn add_to(&self, setup: Setup) -> Setup {
-        let [data, map] = self.top(0);
-        setup.disk(self.table.try_clone().unwrap(), data, map)
+        let [data, map] = self.top(self.tops.len() - 1);
+        let mut setup = setup.disk(self.table.try_clone().unwrap(), data, map);
+        for [data, map] in (0..self.tops.len() - 1).map(|index| self.top(index)) {
+            let top = TopConfig { data: setup.fd(data), map: setup.fd(map) };
+            setup.config.disks.last_mut().unwrap().frozen.push(top);
+        }
+        setup
+    }
+
+    /// A disk like this one without its last top, and an empty one in its place.
+    pub fn fork(&self) -> Self {
+        let table = self.table.try_clone().unwrap();
+        let mut fork = Self { size: self.size, table, tops: Vec::new() };
+        fork.tops.extend((0..self.tops.len() - 1).map(|index| self.top(index)));
+        fork.add_top();
+        fork
     }
 
     /// The disk as its first `tops` tops show it now, seen from the host.
