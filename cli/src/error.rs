@@ -67,6 +67,11 @@ impl CliError {
         Self { code: NO_INPUT, source: source.into() }
     }
 
+    /// Somebody who should be there and is not.
+    pub fn unavailable(source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+        Self { code: UNAVAILABLE, source: source.into() }
+    }
+
     /// Not as things are.
     pub fn not_now(source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
         Self { code: NOT_NOW, source: source.into() }

@@ -1,23 +1,30 @@
-//! `ovm inspect`: what an image is made of, for people or as JSON.
+//! `ovm inspect`: what an image is made of, or what a machine is and how its start went, for people or as JSON.
 
-use std::path::PathBuf;
+use std::path::Path;
 
 use clap::Parser;
 use ovms_artifact::image::{Blob, Layer};
 use ovms_artifact::layout::{Entry, Layout, Loaded};
 use ovms_artifact::manifest::Manifest;
 use ovms_artifact::media::Compression;
+use ovms_artifact::oci::Descriptor;
+use ovms_config::Settings;
 use serde_json::{json, Value};
 
 use crate::error::CliError;
+use crate::images;
+use crate::machines::{self, Machine};
+use crate::ps;
 use crate::text;
 use crate::validate::{open, Input};
 
 /// What `ovm inspect` takes.
 #[derive(Parser)]
 pub struct Args {
-    /// A manifest (.json), an OCI layout directory, or a tar of one
-    path: PathBuf,
+    /// A machine (ID or NAMESPACE/ID), an image of the local store, or a path: a manifest (.json), an OCI layout
+    /// directory, or a tar of one
+    #[arg(value_name = "ID|IMAGE|PATH")]
+    what: String,
     /// Which image, if the layout has several
     #[arg(short, long, value_name = "TAG")]
     tag: Option<String>,
@@ -26,21 +33,69 @@ pub struct Args {
     json: bool,
 }
 
-/// Prints what the path holds.
+/// Prints what it is.
 pub fn run(args: &Args) -> Result<(), CliError> {
-    let shown = match open(&args.path)? {
-        Input::Manifest(manifest) if args.json => document(&json!({ "manifest": manifest }))?,
-        Input::Manifest(manifest) => manifest_text(&manifest),
-        Input::Layout(layout) => {
-            let image = layout.load(args.tag.as_deref())?;
-            let names = names(&layout, &image)?;
-            match args.json {
-                true => document(&image_json(&image, &names))?,
-                false => image_text(&image, &names),
-            }
+    let path = Path::new(&args.what);
+    let is_path = path.exists() || args.tag.is_some() || ["/", "./", "../"].iter().any(|b| args.what.starts_with(b));
+    let shown = if is_path {
+        match open(path)? {
+            Input::Manifest(manifest) if args.json => document(&json!({ "manifest": manifest }))?,
+            Input::Manifest(manifest) => manifest_text(&manifest),
+            Input::Layout(layout) => image(args, &layout, &layout.select(args.tag.as_deref())?)?,
+        }
+    } else {
+        let settings = Settings::load().map_err(CliError::invalid)?;
+        match machines::find(&settings, &args.what) {
+            Ok(machine) => self::machine(args, &machine)?,
+            Err(nobody) => match images::find(&settings, &args.what, None) {
+                Ok(found) => image(args, &found.layout, &found.image)?,
+                // A name without a tag is rather meant as a machine's.
+                Err(_) if !args.what.contains([':', '@']) => return Err(nobody),
+                Err(err) => return Err(err),
+            },
         }
     };
     text::print(&shown)
+}
+
+fn image(args: &Args, layout: &Layout, image: &Descriptor) -> Result<String, CliError> {
+    let image = layout.load_image(image)?;
+    let names = names(layout, &image)?;
+    match args.json {
+        true => document(&image_json(&image, &names)),
+        false => Ok(image_text(&image, &names)),
+    }
+}
+
+/// A machine; the steps of its start in microseconds since the one who asked for it began.
+fn machine(args: &Args, machine: &Machine) -> Result<String, CliError> {
+    let mut row = ps::row(machine);
+    let timeline = machine.record.as_ref().map(|record| record.timeline.clone()).unwrap_or_default();
+    if args.json {
+        row["timeline"] = timeline.iter().map(|(step, at)| json!({ "step": step, "micros": at })).collect();
+        return document(&row);
+    }
+    let mut out = format!("{}\n", machine.name());
+    let figure = |key: &str| row[key].as_str().map_or_else(|| row[key].to_string(), str::to_owned);
+    for key in ["state", "image", "imageDigest", "vcpus", "pid", "created"] {
+        if !row[key].is_null() {
+            out += &line(key, &figure(key));
+        }
+    }
+    out += &line("memory", &text::size(machine.size().1));
+    if let Some(exit) = machine.exit() {
+        out += &line("exit", &format!("{} ({:?})", exit.status, exit.reason));
+    }
+    let mut before = 0;
+    for (step, at) in &timeline {
+        out += &format!("  {:>10.3} ms  {:>+9.3}  {}\n", ms(*at), ms(at.saturating_sub(before)), text::harmless(step));
+        before = *at;
+    }
+    Ok(out)
+}
+
+fn ms(micros: u64) -> f64 {
+    micros as f64 / 1000.0
 }
 
 fn document(value: &Value) -> Result<String, CliError> {

@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod build;
+mod content;
 mod error;
 mod images;
 mod inspect;

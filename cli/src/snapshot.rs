@@ -8,18 +8,19 @@
 
 use std::fs::{self, DirBuilder};
 use std::os::unix::fs::DirBuilderExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use clap::Parser;
 use ovms_artifact::build::{Built, ImageName, Snapshot};
 use ovms_artifact::digest::Digest;
-use ovms_artifact::layout::{DirSink, Layout, LayoutError, Sink, Store};
+use ovms_artifact::layout::{DirSink, Layout, LayoutError, Loaded, Sink, Store};
 use ovms_artifact::oci::Descriptor;
 use ovms_bundle::{SnapshotRecord, SNAPSHOT_DISK, SNAPSHOT_RAM};
 use ovms_config::Settings;
 use ovms_engine::{Engine, ToMachine};
 
+use crate::content;
 use crate::error::CliError;
 use crate::images::{self, Found};
 use crate::machines::{self, Machine};
@@ -77,8 +78,8 @@ pub fn run(args: &Args) -> Result<(), CliError> {
     let steps = Steps::new(args.quiet);
     let store = Store::open(&images::store_dir(&settings))?;
     // Held from here on, so that nothing of the base is removed meanwhile.
-    let writer = store.writer()?;
-    let base = base(&machine)?;
+    let mut writer = store.writer()?;
+    let base = base(&settings, &machine, &store, &mut writer, &steps)?;
     let loaded = base.layout.load_image(&base.image)?;
     let full =
         args.full || lacks_parents(&machine, &loaded.parts.ram_snapshots.iter().map(|b| b.digest).collect::<Vec<_>>());
@@ -89,7 +90,7 @@ pub fn run(args: &Args) -> Result<(), CliError> {
         Some(dir) => Box::new(DirSink::create(dir)?),
         None => Box::new(writer),
     };
-    let built = assemble(args, &name, dir.path(), &base, sink, &steps);
+    let built = assemble(args, &name, dir.path(), (&base, &loaded), sink, &steps);
     if args.stop {
         match &built {
             Ok(_) => stop::kill(&settings, &machine)?,
@@ -112,10 +113,17 @@ pub fn run(args: &Args) -> Result<(), CliError> {
     Ok(())
 }
 
-/// The image that the machine was made from.
-fn base(machine: &Machine) -> Result<Found, CliError> {
+/// The image that the machine was made from. That of a machine of containerd's is copied into the store, without a name.
+fn base(
+    settings: &Settings,
+    machine: &Machine,
+    store: &Store,
+    sink: &mut dyn Sink,
+    steps: &Steps,
+) -> Result<Found, CliError> {
     let Some(files) = &machine.files else {
-        return Err(CliError::not_found(format!("the image of {} is with containerd", machine.name())));
+        let image = content::fetch(settings, &machine.namespace, &machine.id, sink, steps)?;
+        return Ok(Found { layout: store.layout()?, image });
     };
     let image: Descriptor = files.origin.image.clone();
     let missing = || {
@@ -169,12 +177,18 @@ fn take(settings: &Settings, machine: &Machine, request: &ToMachine, quiet: bool
 fn assemble(
     args: &Args,
     name: &ImageName,
-    dir: &std::path::Path,
-    base: &Found,
+    dir: &Path,
+    (base, loaded): (&Found, &Loaded),
     sink: Box<dyn Sink>,
     steps: &Steps,
 ) -> Result<Built, CliError> {
     let record = SnapshotRecord::load(dir)?;
+    if record.manifest != loaded.resolved.manifest {
+        return Err(CliError::invalid(format!(
+            "{} was made from another image than its name leads to now: name that image again, by its digest",
+            record.machine
+        )));
+    }
     let parents = record.ram.parents.iter().map(|parent| parent.parse());
     let snapshot = Snapshot {
         ram: dir.join(SNAPSHOT_RAM),

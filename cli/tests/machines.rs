@@ -1,0 +1,265 @@
+//! Machines in the background: run -d, ps, logs, inspect, snapshot, stop, rm, with bare-metal guests and a registry.
+
+mod common;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use common::{Registry, Said};
+use serde_json::Value;
+use tempfile::TempDir;
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A host of its own: state, runtime directory, settings.
+struct Host {
+    dir: TempDir,
+}
+
+impl Host {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let vmm = Path::new(env!("CARGO_BIN_EXE_ovm")).with_file_name("ovms-vmm");
+        let vmm = if vmm.exists() { vmm } else { root().join("target/release/ovms-vmm") };
+        assert!(vmm.exists(), "ovms-vmm: run `make build`");
+        let at = |name: &str| dir.path().join(name).display().to_string();
+        let settings = format!(
+            "[paths]\nstate = {:?}\nruntime = {:?}\nvmm = {:?}\ncontainerd_socket = {:?}\n[vm]\nstop_timeout_seconds = 5\n",
+            at("state"),
+            at("runtime"),
+            vmm.display().to_string(),
+            at("no-containerd.sock"),
+        );
+        fs::write(dir.path().join("ovms.toml"), settings).unwrap();
+        Self { dir }
+    }
+
+    fn ovm(&self, args: &[&str]) -> Said {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_ovm"));
+        command.env("OVMS_CONFIG", self.dir.path().join("ovms.toml")).stdin(Stdio::null());
+        command.current_dir(self.dir.path()).args(args).output().unwrap().into()
+    }
+
+    fn ok(&self, args: &[&str]) -> String {
+        let said = self.ovm(args);
+        assert_eq!(said.code, Some(0), "ovm {args:?}: {}", said.err);
+        said.out
+    }
+
+    /// A layout that boots the guest `name`.
+    fn layout(&self, name: &str) -> String {
+        let kernel = root().join(format!("target/guests/{name}.elf"));
+        assert!(kernel.exists(), "{}: run `make guests`", kernel.display());
+        let kernel = kernel.display().to_string();
+        let args =
+            ["build", "-q", "--name", "t/guest", "--version", "1", "--memory", "64M", "--kernel", &kernel, "-o", name];
+        self.ok(&args);
+        name.to_owned()
+    }
+
+    fn ps(&self) -> Vec<Value> {
+        serde_json::from_str(&self.ok(&["ps", "--json"])).unwrap()
+    }
+
+    fn state(&self, id: &str) -> Option<String> {
+        let found = self.ps().into_iter().find(|machine| machine["id"] == id);
+        found.map(|machine| machine["state"].as_str().unwrap().to_owned())
+    }
+
+    /// Waits until the machine's console holds `text`.
+    fn expect(&self, id: &str, text: &str) -> String {
+        let begin = Instant::now();
+        loop {
+            let said = self.ok(&["logs", id]);
+            if said.contains(text) {
+                return said;
+            }
+            assert!(begin.elapsed() < PATIENCE, "no {text:?} in {said:?}");
+            sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Nothing of any machine is left.
+    fn assert_clean(&self) {
+        for dir in ["state/run", "state/tmp", "runtime/machines/ovm", "runtime/uids"] {
+            let left: Vec<PathBuf> =
+                fs::read_dir(self.dir.path().join(dir)).into_iter().flatten().map(|e| e.unwrap().path()).collect();
+            assert!(left.is_empty(), "{dir}: {left:?}");
+        }
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        // A test that failed leaves machines behind.
+        let names: Vec<String> = self.ps().iter().map(|machine| machine["id"].as_str().unwrap().to_owned()).collect();
+        for name in names {
+            self.ovm(&["rm", "-f", &name]);
+        }
+    }
+}
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+/// The numbers that the guest `spin` has counted.
+fn ticks(said: &str) -> Vec<u32> {
+    said.lines().filter_map(|line| line.strip_prefix("tick ")?.parse().ok()).collect()
+}
+
+#[test]
+#[ignore = "needs /dev/kvm and root"]
+fn a_detached_machine_is_listed_inspected_stopped_and_removed() {
+    let host = Host::new();
+    let layout = host.layout("spin");
+    assert_eq!(host.ok(&["run", "-d", "--name", "a", &layout]), "a\n");
+    host.expect("a", "tick 1\n");
+
+    let machine = host.ps().pop().unwrap();
+    assert_eq!(
+        (&machine["id"], &machine["namespace"], &machine["state"], &machine["image"], &machine["memoryBytes"]),
+        (&"a".into(), &"ovm".into(), &"running".into(), &"spin".into(), &(64 << 20).into())
+    );
+    let pid = machine["pid"].as_u64().unwrap();
+    assert!(Path::new(&format!("/proc/{pid}")).exists());
+    let taken = host.ovm(&["run", "-d", "--name", "a", &layout]);
+    assert_eq!(taken.code, Some(73));
+    assert!(taken.err.contains("there is a machine a already"), "{}", taken.err);
+    let early = host.ovm(&["rm", "a"]);
+    assert_eq!(
+        (early.code, early.err.as_str()),
+        (Some(75), "ovm: a is running: stop it first (ovm stop), or use --force\n")
+    );
+
+    let inspected: Value = serde_json::from_str(&host.ok(&["inspect", "--json", "ovm/a"])).unwrap();
+    let steps: Vec<&str> =
+        inspected["timeline"].as_array().unwrap().iter().filter_map(|s| s["step"].as_str()).collect();
+    for step in ["arguments", "template", "files", "spawned", "configured"] {
+        assert!(steps.contains(&step), "{step} in {steps:?}");
+    }
+    assert!(host.ok(&["inspect", "a"]).contains(" ms "));
+
+    host.ok(&["stop", "a"]);
+    let machine = host.ps().pop().unwrap();
+    assert_eq!(
+        (&machine["state"], &machine["exit"]["status"], &machine["pid"]),
+        (&"stopped".into(), &0.into(), &Value::Null)
+    );
+    assert!(host.ok(&["logs", "a"]).contains("power button\n"));
+    assert_eq!(host.ok(&["rm", "a"]), "a\n");
+    assert_eq!(host.ovm(&["rm", "a"]).code, Some(66));
+    host.assert_clean();
+}
+
+#[test]
+#[ignore = "needs /dev/kvm and root"]
+fn ends_of_detached_machines_are_kept_or_not_as_asked() {
+    let host = Host::new();
+    host.ok(&["run", "-d", "--name", "p", &host.layout("panic")]);
+    let begin = Instant::now();
+    while host.state("p").as_deref() != Some("stopped") {
+        assert!(begin.elapsed() < PATIENCE);
+        sleep(Duration::from_millis(20));
+    }
+    assert_eq!(host.ps()[0]["exit"]["status"], 134);
+    host.ok(&["rm", "p"]);
+
+    host.ok(&["run", "-d", "--rm", "--name", "r", &host.layout("hello")]);
+    let begin = Instant::now();
+    while host.state("r").is_some() || fs::read_dir(host.dir.path().join("state/run")).unwrap().count() > 0 {
+        assert!(begin.elapsed() < PATIENCE);
+        sleep(Duration::from_millis(20));
+    }
+    host.ok(&["run", "-d", "--name", "f", &host.layout("echo")]);
+    host.ok(&["rm", "-f", "f"]);
+    host.assert_clean();
+}
+
+#[test]
+#[ignore = "needs /dev/kvm and root"]
+fn what_a_detached_start_meets_is_told_to_the_one_who_asked() {
+    let host = Host::new();
+    let layout = host.layout("hello");
+    let said = host.ovm(&["run", "-d", "--memory", "1M", &layout]);
+    assert_eq!(said.code, Some(65));
+    assert_eq!(said.err, "ovm: --memory asks for 1048576 bytes of memory; a machine has 32 MiB to 1 TiB\n");
+    assert_eq!(host.ovm(&["run", "-d", "no-such-image"]).code, Some(66));
+    host.assert_clean();
+}
+
+#[test]
+#[ignore = "needs /dev/kvm and root"]
+fn snapshots_of_clones_go_on_counting_through_a_registry() {
+    let Some(registry) = Registry::start() else { return };
+    let host = Host::new();
+    host.ok(&["run", "-d", "--name", "a", &host.layout("spin")]);
+    host.expect("a", "tick 2\n");
+    let (one, two) = (format!("{}/demo/spin:1", registry.address), format!("{}/demo/spin:2", registry.address));
+
+    let digest = host.ok(&["snapshot", "-q", "a", "-t", &one]);
+    let before = ticks(&host.ok(&["logs", "a"]));
+    // The machine goes on, and another host resumes what it was.
+    host.expect("a", &format!("tick {}\n", before.last().unwrap() + 2));
+    let other = Host::new();
+    assert_eq!(other.ok(&["pull", "-q", &one]), digest);
+    assert!(other.ok(&["ls"]).contains("from RAM"));
+    other.ok(&["run", "-d", "--name", "b", &one]);
+    other.expect("b", "tick");
+    let first = ticks(&other.ok(&["logs", "b"]))[0];
+    assert!(first > 2 && first <= before.last().unwrap() + 2, "{first} after {before:?}");
+
+    // A clone's snapshot builds on the RAM that it came from.
+    other.expect("b", &format!("tick {}\n", first + 3));
+    let pushed = other.ovm(&["snapshot", "b", "-t", &two]);
+    assert_eq!(pushed.code, Some(0), "{}", pushed.err);
+    let shown: Value = serde_json::from_str(&other.ok(&["inspect", "--json", &two])).unwrap();
+    assert_ne!(shown["ramSnapshot"]["digest"], Value::Null);
+    host.ok(&["pull", "-q", &two]);
+    host.ok(&["validate", "-q", "--tag", &two, "state/store"]);
+    host.ok(&["run", "-d", "--name", "c", &two]);
+    host.expect("c", "tick");
+    let second = ticks(&host.ok(&["logs", "c"]))[0];
+    assert!(second >= first + 3, "{second} after {first}");
+    // The same image boots from its beginning if asked.
+    host.ok(&["run", "-d", "--name", "d", "--boot", "cold", &two]);
+    assert_eq!(ticks(&host.expect("d", "tick 1\n"))[0], 0);
+
+    host.ok(&["rm", "-f", "a", "c", "d"]);
+    other.ok(&["rm", "-f", "b"]);
+    host.assert_clean();
+    other.assert_clean();
+}
+
+#[test]
+#[ignore = "needs /dev/kvm and root"]
+fn a_snapshot_with_stop_ends_the_machine_and_a_missing_base_is_told() {
+    let host = Host::new();
+    let layout = host.layout("spin");
+    host.ok(&["run", "-d", "--name", "a", &layout]);
+    host.expect("a", "tick 1\n");
+    fs::rename(host.dir.path().join("spin"), host.dir.path().join("away")).unwrap();
+    let said = host.ovm(&["snapshot", "a", "-t", "x:1"]);
+    assert_eq!(said.code, Some(66), "{}", said.err);
+    assert!(said.err.contains("no longer in"), "{}", said.err);
+    fs::rename(host.dir.path().join("away"), host.dir.path().join("spin")).unwrap();
+
+    host.ok(&["snapshot", "--stop", "--preload", "--mlock", "-o", "out", "a", "-t", "x:1"]);
+
+    let begin = Instant::now();
+    while host.state("a").as_deref() != Some("stopped") {
+        assert!(begin.elapsed() < PATIENCE);
+        sleep(Duration::from_millis(20));
+    }
+    let ended = host.ovm(&["snapshot", "a", "-t", "x:2"]);
+    assert!(ended.err.contains("has ended") && ended.code == Some(75), "{}", ended.err);
+    let shown: Value = serde_json::from_str(&host.ok(&["inspect", "--json", "out"])).unwrap();
+    let ram = &shown["manifest"]["ramSnapshot"];
+    assert_eq!((&ram["preload_hint"], &ram["mlock_required"]), (&true.into(), &true.into()));
+    host.ok(&["validate", "-q", "out"]);
+    host.ok(&["rm", "a"]);
+    host.assert_clean();
+}
