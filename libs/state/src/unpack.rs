@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  Unpack::plan ── which blob has each chunk: the newest that stores it, else zero
-//!  Unpack::work ── any number of threads: take a unit (16 chunks), read, decode, check, write what is not zero
+//!  Unpack::work ── any number of threads: take a unit (4 chunks), read, decode, check, write what is not zero
 //!  Unpack::finish ── all done? then the state file
 //! ```
 //! The memory file is sparse: pages of 4096 zeros are holes. Threads are the caller's, so that a jail that forbids new

@@ -15,6 +15,8 @@ use std::{
     },
 };
 
+use twox_hash::XxHash3_128;
+
 use crate::{
     head::{Extent, HeadDocument},
     index::{chunk_count, chunk_len, is_zero, Entry, Kind, CHUNK},
@@ -29,6 +31,8 @@ const WORTH: u64 = 8;
 const SAVES: usize = 16;
 /// Bytes that are moved at once.
 const MOVE: usize = 1 << 20;
+/// Entries of the index that are written at once.
+const INDEX_PIECE: usize = 4096;
 
 /// How a chunk was stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -172,41 +176,52 @@ impl SnapshotWriter {
     pub fn finish(self, vcpus: u32, fingerprint: Fingerprint, sections: &[Section]) -> Result<Summary> {
         let head = Head { arch: Arch::HOST, vcpus, memory: self.memory, parent: self.parent, fingerprint };
         head.validate()?;
-        let Slots { entries, dead } = self.slots.into_inner().unwrap_or_else(PoisonError::into_inner);
-        let mut entries: Vec<Entry> = entries.into_iter().flatten().collect();
+        let Slots { mut entries, dead } = self.slots.into_inner().unwrap_or_else(PoisonError::into_inner);
         let mut end = self.end.into_inner();
         if dead > end.saturating_sub(PREFIX) / WORTH {
             end = compact(&self.file, &mut entries)?;
         }
-        let mut index = Vec::with_capacity(entries.len().saturating_mul(32));
-        entries.iter().for_each(|entry| entry.encode(&mut index));
-        self.file.write_all_at(&index, end).map_err(SnapshotError::io("write the RAM snapshot's index"))?;
-        let length = index.len() as u64;
+        let index = write_index(&self.file, &entries, end)?;
+        let tail = end.saturating_add(index.length);
         let mut document = HeadDocument {
             vcpus,
             memory: head.memory,
             parent: head.parent.clone(),
             fingerprint: head.fingerprint.clone(),
-            index: Some(Extent { offset: end, length, checksum: digest(&index) }),
+            index: Some(index),
             sections: Vec::new(),
         };
-        let bytes = write_tail(&self.file, &head, &mut document, end.saturating_add(length), sections)?;
+        let bytes = write_tail(&self.file, &head, &mut document, tail, sections)?;
         self.file.sync_all().map_err(SnapshotError::io("sync the RAM snapshot"))?;
-        let stored = || entries.iter().filter(|entry| entry.kind != Kind::Zero);
+        let stored = || entries.iter().flatten().filter(|entry| entry.kind != Kind::Zero);
         let content = stored().map(|entry| chunk_len(head.memory, u64::from(entry.chunk)) as u64).sum();
         Ok(Summary { bytes, content, chunks: stored().count() as u64 })
     }
 }
 
+/// Writes the index in pieces, since that of a large machine would not fit beside it into the VMM's share of memory.
+fn write_index(file: &File, entries: &[Option<Entry>], offset: u64) -> Result<Extent> {
+    let (mut hasher, mut length) = (XxHash3_128::new(), 0_u64);
+    let mut piece = Vec::new();
+    for some in entries.chunks(INDEX_PIECE) {
+        piece.clear();
+        some.iter().flatten().for_each(|entry| entry.encode(&mut piece));
+        hasher.write(&piece);
+        let place = offset.saturating_add(length);
+        file.write_all_at(&piece, place).map_err(SnapshotError::io("write the RAM snapshot's index"))?;
+        length = length.saturating_add(piece.len() as u64);
+    }
+    Ok(Extent { offset, length, checksum: hasher.finish_128().to_le_bytes() })
+}
+
 /// Moves the chunks that are needed to the front, in the order in which they lie, and returns where they end. Places only
 /// move down, so nothing is overwritten that was not moved before.
-fn compact(file: &File, entries: &mut [Entry]) -> Result<u64> {
-    let mut order: Vec<&mut Entry> = entries.iter_mut().filter(|entry| entry.kind != Kind::Zero).collect();
+fn compact(file: &File, entries: &mut [Option<Entry>]) -> Result<u64> {
+    let mut order: Vec<&mut Entry> = entries.iter_mut().flatten().filter(|entry| entry.kind != Kind::Zero).collect();
     order.sort_unstable_by_key(|entry| entry.offset);
     let mut mover = Mover { file, buffer: Vec::with_capacity(MOVE + CHUNK), to: PREFIX };
     for entry in order {
-        let bytes = mover.read(entry.offset, entry.length)?;
-        entry.offset = bytes;
+        entry.offset = mover.read(entry.offset, entry.length)?;
     }
     mover.flush()?;
     Ok(mover.to)
