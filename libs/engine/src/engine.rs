@@ -74,21 +74,33 @@ impl Engine {
         };
         let vmm = find_vmm(&self.settings)?;
         let slot = SlotGuard(Some(self.claim(&spec)?));
-        let mut packet = Packet::open(&mut spec, &self.settings)?;
         let since = |at: Instant| micros(at.saturating_duration_since(began));
         let mut timeline: Vec<_> = spec.passed.drain(..).map(|(step, at)| (step, since(at))).collect();
+        let place = Cgroup::find(&cgroup_path)?;
+        let mut born = BornGuard(None);
+        // Its program starts while we open its files.
+        if !place.is_birthplace() {
+            born.spawn(&vmm, &spec, &place)?;
+            timeline.push((SPAWNED.to_owned(), micros(began.elapsed())));
+        }
+        let mut packet = Packet::open(&mut spec, &self.settings)?;
         timeline.push(("files".to_owned(), micros(began.elapsed())));
         let uid = UidLease::take(&self.settings.paths.runtime, &self.settings.jail)?;
         (packet.config.jail.uid, packet.config.jail.gid) = (uid.uid(), uid.uid());
         let bounds = bounds(&spec, &packet, self.settings.vm.overhead);
-        let cgroup = CgroupGuard(Some(Cgroup::create(&cgroup_path, &bounds)?));
+        place.create(&bounds)?;
+        let cgroup = CgroupGuard(Some(place));
         timeline.push(("cgroup".to_owned(), micros(began.elapsed())));
         let mut record = new_record(&spec, &packet, &cgroup, &uid);
+        record.process = born.0.as_ref().map(|born| born.process.id());
         slot.get()?.write(&record)?;
         let server = Server::listen(&record::socket(self.runtime(), &spec.namespace, &spec.id))?;
-        let born = spawn(&vmm, &spec, cgroup.get()?)?;
-        timeline.push((SPAWNED.to_owned(), micros(began.elapsed())));
-        record.process = Some(born.process.id());
+        if cgroup.get()?.is_birthplace() {
+            born.spawn(&vmm, &spec, cgroup.get()?)?;
+            timeline.push((SPAWNED.to_owned(), micros(began.elapsed())));
+        }
+        let born = born.take()?;
+        let known = record.process.replace(born.process.id()).is_some();
         let mut parts = Parts {
             process: born.process,
             channel: born.channel,
@@ -108,7 +120,7 @@ impl Engine {
             .remains
             .uid
             .assign(parts.process.id())
-            .and_then(|()| parts.remains.slot.write(&parts.remains.record))
+            .and_then(|()| if known { Ok(()) } else { parts.remains.slot.write(&parts.remains.record) })
             .inspect_err(|_| abandon(&parts))?;
         let oom = parts.cgroup.watch_oom();
         let inner = Arc::new(Inner::new(parts));
@@ -344,6 +356,30 @@ impl Drop for SlotGuard {
     fn drop(&mut self) {
         if let Some(Err(err)) = self.0.as_ref().map(Slot::remove) {
             tracing::error!(err = err.chain(), "a failed machine's directory is not removed");
+        }
+    }
+}
+
+/// Ends a VMM unless it was taken out. If this process dies instead, the end of the control socket ends it.
+struct BornGuard(Option<Born>);
+
+impl BornGuard {
+    fn spawn(&mut self, vmm: &Path, spec: &CreateSpec, cgroup: &Cgroup) -> Result<()> {
+        self.0 = Some(spawn(vmm, spec, cgroup)?);
+        Ok(())
+    }
+
+    fn take(mut self) -> Result<Born> {
+        self.0.take().ok_or_else(taken)
+    }
+}
+
+impl Drop for BornGuard {
+    fn drop(&mut self) {
+        let Some(born) = &self.0 else { return };
+        match born.process.kill() {
+            Ok(()) => drop(born.process.reap()),
+            Err(err) => tracing::error!(%err, "a VMM cannot be killed"),
         }
     }
 }

@@ -48,27 +48,32 @@ pub(crate) struct Bounds {
 }
 
 impl Cgroup {
-    /// Makes the directories of a cgroup below each hierarchy's root; `path` is relative.
-    pub(crate) fn create(path: &Path, bounds: &Bounds) -> Result<Self> {
+    /// Where a cgroup lies below each hierarchy's root; `path` is relative. Nothing is made yet.
+    pub(crate) fn find(path: &Path) -> Result<Self> {
         let mounts = files::read(Path::new("/proc/self/mountinfo"))?;
-        let cgroup = if let Some(v1) = v1::V1::find(&mounts, path) {
+        Ok(if let Some(v1) = v1::V1::find(&mounts, path) {
             Self::V1(v1)
         } else if let Some(v2) = v2::V2::find(&mounts, path) {
             Self::V2(v2)
         } else {
             tracing::warn!("the host has no cgroups mounted: the machine is neither limited nor counted");
             Self::None
-        };
-        let made = match &cgroup {
+        })
+    }
+
+    /// Makes its directories and sets limits.
+    pub(crate) fn create(&self, bounds: &Bounds) -> Result<()> {
+        let made = match self {
             Self::V1(v1) => v1.create(bounds),
             Self::V2(v2) => v2.create(),
             Self::None => Ok(()),
         };
-        if let Err(err) = made.and_then(|()| cgroup.apply(bounds)) {
-            remove(&cgroup.dirs());
-            return Err(err);
-        }
-        Ok(cgroup)
+        made.and_then(|()| self.apply(bounds)).inspect_err(|_| remove(&self.dirs()))
+    }
+
+    /// Whether a process can be born in it, and so must be born after it.
+    pub(crate) fn is_birthplace(&self) -> bool {
+        matches!(self, Self::V2(_))
     }
 
     /// Sets limits.

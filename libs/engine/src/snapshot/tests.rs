@@ -45,7 +45,7 @@ fn taken(stage: &Stage) {
 /// Completes the blob.
 fn complete(stage: &Stage, id: u64, blob: File, parent: Option<String>) {
     let writer = SnapshotWriter::create(blob, MEMORY, parent).unwrap();
-    writer.put(1, &[7; ovms_state::CHUNK as usize]).unwrap();
+    writer.put(1, &[7; ovms_state::CHUNK]).unwrap();
     writer.finish(1, Fingerprint::default(), &[]).unwrap();
     let report = SnapshotReport { stood_micros: STOOD, ..SnapshotReport::default() };
     stage.say(&FromVmm::Reply { id, result: Ok(Answer::Snapshot(report)) });
