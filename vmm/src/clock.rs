@@ -7,9 +7,10 @@
 //!              clock + away ──KVM_SET_CLOCK──> kvm-clock     TSC + away × frequency ──MSR 0x10──> each processor
 //! ```
 //!
-//! So a guest's wall clock is right at once, whichever of the two it counts by; its monotonic clock goes on over the time
-//! away as over a suspend. It is told of the pause (KVM_KVMCLOCK_CTRL), so that no watchdog barks. A host whose real time
-//! is before the snapshot's goes on where the snapshot was.
+//! The ACPI timer goes ahead as well, so that no counter disagrees with another. So a guest's wall clock is right at once,
+//! whichever of them it counts by; its monotonic clock goes on over the time away as over a suspend. It is told of the
+//! pause (KVM_KVMCLOCK_CTRL), so that no watchdog barks. A host whose real time is before the snapshot's goes on where the
+//! snapshot was.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 

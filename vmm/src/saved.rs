@@ -247,6 +247,7 @@ impl Saved {
         devices.restore(&mut sections)?;
         let known: Arc<[u32]> = vm.msr_indices()?.into();
         let away = clock.away();
+        devices.pm.advance(away);
         let ticks = clock::ticks(away, self.head.fingerprint.tsc_khz);
         for vcpu in vcpus {
             self.set_rate(vcpu)?;

@@ -180,8 +180,11 @@ fn time_goes_on_while_a_machine_is_away() {
     };
     let away = real(&again) - real(&snapshot);
     assert!(away > 1_500_000_000);
-    let close = |passed: u64| passed.abs_diff(away) < 50_000_000;
+    // Of two clocks that are read one after the other on a busy host.
+    let close = |passed: u64| passed.abs_diff(away) < 200_000_000;
     assert!(close(clock(&again) - clock(&snapshot)), "{away} {}", clock(&again) - clock(&snapshot));
+    let timer = |snapshot: &Snapshot| value(snapshot, "acpi-pm", |state| state["timer_nanos"].as_u64().unwrap());
+    assert!(close(timer(&again) - timer(&snapshot)), "{away} {}", timer(&again) - timer(&snapshot));
     let khz = u64::from(snapshot.fingerprint.tsc_khz);
     let ticks = tsc(&again) - tsc(&snapshot);
     assert!(close(ticks * 1000 / khz * 1000), "{away} {ticks} at {khz} kHz");
