@@ -38,6 +38,8 @@ pub fn run(args: &Args) -> Result<(), CliError> {
         if machine.lives() {
             stop(&settings, &machine, patience)?;
         }
+        // Between the machine's record and the word of its end it would be known to nobody.
+        machine.files.as_ref().into_iter().for_each(wait_for_keeper);
         text::print(&format!("{name}\n"))?;
     }
     Ok(())
