@@ -20,7 +20,13 @@ _COLD = ("--annotation", "io.ovms.boot=cold")
 @case(guests=("native",))
 def three_clones_go_on_from_one_count(bed: Bed) -> None:
     """Taken while it runs, pushed, pulled and run three times: the same count, memory and disk of one instant, bases as they were."""
-    image, before = tally.image_with_ram(bed)
+    base = bed.registry.push(bed.guests.layout("tally"), "tally:1", "--preserve-digests")
+    origin = tally.start(bed, tally.pull(bed, base), "origin", *tally.SMALL)
+    before = tally.await_counts(bed, origin)
+    tally.snapshot(bed, "origin", bed.registry.ref("ram:1"))
+    tally.await_counts(bed, origin)
+    tally.end(bed, "origin", origin)
+    image = tally.pull(bed, bed.registry.ref("ram:1"))
     hashes = bed.hashes()
 
     consoles = {name: tally.start(bed, image, name) for name in ("one", "two", "three")}
@@ -44,7 +50,7 @@ def the_timeline_of_a_restore_is_logged(bed: Bed) -> None:
     tally.end(bed, "one", console)
     lines = [line for line in bed.containerd.log.splitlines() if "the guest lives" in line]
     check(lines, "there is no time line in the log")
-    for step in ("spawned", "restore", "first exit"):
+    for step in ("resolved", "spawned", "vmm map", "vmm sections", "vmm first exit"):
         contains(lines[-1], step, "the time line")
 
 
@@ -136,14 +142,14 @@ def ovm_run_resumes(bed: Bed) -> None:
     """`ovm run -d`, `snapshot`, `ps`, `stop`, `rm` and again `run`, with no daemon at all."""
     bed.ovms.ovm("run", "-d", "--name", "origin", "--memory", "64M", bed.guests.layout("tally"))
     contains(bed.ovms.ovm("ps").out, "origin", "ovm ps")
-    time.sleep(1)
-    bed.ovms.ovm("snapshot", "origin", "-t", "localhost/ram:1")
+    process.until("it counts", lambda: "count 3" in bed.ovms.ovm("logs", "origin").out, bed.patience)
+    bed.ovms.ovm("snapshot", "origin", "-t", "ram:1")
     bed.ovms.ovm("stop", "origin")
-    bed.ovms.ovm("rm", "origin", status=None)
+    bed.ovms.ovm("rm", "origin")
     firsts = []
 
     for _ in range(2):
-        with Session([str(bed.ovms.program("ovm")), "run", "localhost/ram:1"], bed.ovms.env, tty=False,
+        with Session([str(bed.ovms.program("ovm")), "run", "ram:1"], bed.ovms.env, tty=False,
                      patience=bed.patience * 2) as session:
             session.expect(r"count \d+\r?\n(.|\n)*count \d+\r?\n")
             firsts.append(tally.counts(session.text)[0])
@@ -199,7 +205,7 @@ def a_snapshot_that_is_given_up_leaves_nothing(bed: Bed) -> None:
 
 
 def _sized(bed: Bed, memory: str) -> None:
-    image, before = tally.image_with_ram(bed, "ram:1", "--annotation", f"io.ovms.memory={memory}")
+    image, before = tally.image_with_ram(bed, memory=memory)
 
     for name in ("one", "two"):
         console = tally.start(bed, image, name)

@@ -77,12 +77,19 @@ def pull(bed: Bed, ref: str) -> str:
     return ref
 
 
-def image_with_ram(bed: Bed, tag: str = "ram:1", *flags: str) -> tuple[str, int]:
+def image_with_ram(bed: Bed, tag: str = "ram:1", memory: str = "64M") -> tuple[str, int]:
     """Makes a RAM snapshot of a counting machine and pulls it; returns the image and the count that it had passed."""
-    base = bed.registry.push(bed.guests.layout("tally"), "tally:1", "--preserve-digests")
-    console = start(bed, pull(bed, base), "origin", *(flags or SMALL))
-    before = await_counts(bed, console)
-    snapshot(bed, "origin", bed.registry.ref(tag))
-    await_counts(bed, console)
-    end(bed, "origin", console)
-    return pull(bed, bed.registry.ref(tag)), before
+    ref = bed.registry.ref(tag)
+    bed.ovms.ovm("run", "-d", "--name", "origin", "--memory", memory, bed.guests.layout("tally"))
+    bed.later(lambda: bed.ovms.ovm("rm", "-f", "origin", status=None) and None)
+    process.until("the origin counts", lambda: len(_logged(bed)) > 2, bed.patience)
+    before = _logged(bed)[-1]
+    bed.ovms.ovm("snapshot", "origin", "-t", ref)
+    bed.ovms.ovm("stop", "origin")
+    contains(bed.ovms.ovm("logs", "origin").out, "all good at", "the console of the origin")
+    bed.ovms.ovm("rm", "origin")
+    return pull(bed, ref), before
+
+
+def _logged(bed: Bed) -> list[int]:
+    return counts(bed.ovms.ovm("logs", "origin").out)

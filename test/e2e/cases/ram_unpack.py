@@ -1,0 +1,86 @@
+"""RAM of images between pull and run: unpacked ahead, shared, on tmpfs or locked where the image asks, and gone with the last user."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from e2e.harness import process, tally
+from e2e.harness.bed import Bed
+from e2e.harness.case import case, check
+
+
+def _unpacked(bed: Bed) -> list[Path]:
+    """The unpacked RAM snapshots."""
+    return sorted(path for path in (bed.ovms.state / "ram").glob("*/memory") if not path.parent.name.startswith("."))
+
+
+def _gone(bed: Bed, *images: str) -> None:
+    """Removes images, and waits until nothing of their RAM is left."""
+    bed.containerd.ctr("images", "rm", "--sync", *images)
+    process.until("RAM is removed", lambda: not _unpacked(bed), bed.patience)
+    left = list((bed.ovms.runtime / "ram").glob("*/*")) + list((bed.ovms.state / "tmp").iterdir())
+    check(not left, f"left: {left}")
+
+
+@case(guests=("native",))
+def unpacked_beside_the_pull(bed: Bed) -> None:
+    """The memory lies ready before the first run, is the same file for two machines, and goes with the image."""
+    image, before = tally.image_with_ram(bed)
+
+    process.until("RAM is unpacked", lambda: bool(_unpacked(bed)), bed.patience)
+
+    made = [(path, path.stat().st_ino) for path in _unpacked(bed)]
+    check(len(made) == 1, f"unpacked: {made}")
+    check(made[0][0].stat().st_blocks * 512 < made[0][0].stat().st_size, "the memory file is not sparse")
+    for name in ("one", "two"):
+        console = tally.start(bed, image, name)
+        check(tally.first(console) >= before, f"{name} began at {tally.first(console)}, not after {before}")
+    check([(path, path.stat().st_ino) for path in _unpacked(bed)] == made, "it was unpacked again")
+    for name in ("one", "two"):
+        tally.end(bed, name, bed.dir / f"{name}.console")
+    _gone(bed, *bed.image_names())
+
+
+@case(guests=("native",))
+def a_machine_that_has_written_boots(bed: Bed) -> None:
+    """A container that is started again does not resume onto a disk that has moved on."""
+    image, before = tally.image_with_ram(bed)
+    console = tally.start(bed, image, "vm")
+    check(tally.first(console) >= before, f"it began at {tally.first(console)}")
+    bed.containerd.ctr("task", "kill", "-s", "SIGKILL", "vm")
+    bed.await_state("vm", "STOPPED")
+    bed.containerd.delete_task("vm", 137)
+    console.unlink()
+
+    bed.containerd.ctr("task", "start", "-d", "--log-uri", f"file://{console}", "vm")
+
+    tally.await_counts(bed, console)
+    check(tally.first(console) == 0, f"it began at {tally.first(console)}")
+    tally.end(bed, "vm", console)
+
+
+@case(guests=("native",), containerds=("containerd-2.4",))
+def killed_daemon_unpacks_again(bed: Bed) -> None:
+    """A snapshotter that is killed at the pull's end leaves nothing half-made, and its successor finishes the work."""
+    image, before = tally.image_with_ram(bed)
+    process.until("RAM is unpacked", lambda: bool(_unpacked(bed)), bed.patience)
+    bed.containerd.ctr("images", "rm", "--sync", image)
+    process.until("RAM is removed", lambda: not _unpacked(bed), bed.patience)
+
+    tally.pull(bed, image)
+    bed.ovms.kill_snapshotter()
+    bed.ovms.start_snapshotter()
+
+    process.until("RAM is unpacked", lambda: bool(_unpacked(bed)), bed.patience)
+    check(not list((bed.ovms.state / "ram").glob(".*")), "something half-made is left")
+    console = tally.start(bed, image, "vm")
+    check(tally.first(console) >= before, f"it began at {tally.first(console)}")
+    tally.end(bed, "vm", console)
+
+
+def _descriptor(bed: Bed) -> dict[str, object]:
+    """The manifest of the bundle that is there."""
+    records = list((bed.ovms.state / "s").glob("*/bundle.json"))
+    check(len(records) == 1, f"bundles: {records}")
+    return json.loads(records[0].read_text(encoding="utf-8"))
