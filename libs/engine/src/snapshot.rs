@@ -80,7 +80,8 @@ impl Machine {
         self.started()?;
         let _one = One::take(&self.inner)?;
         let ran = self.inner.shared().state == State::Running;
-        let taken = Taking { machine: self, dir, options, progress, cancelled, began: Instant::now() }.take();
+        let taken =
+            Taking { machine: self, dir, options, progress, cancelled, began: Instant::now(), settled: false }.take();
         if taken.is_err() && options.stop && ran && self.inner.shared().taken.is_some() {
             if let Err(err) = self.request(Command::Resume) {
                 tracing::warn!(
@@ -103,6 +104,8 @@ struct Taking<'a> {
     progress: &'a mut dyn FnMut(&str),
     cancelled: &'a (dyn Fn() -> bool + Sync),
     began: Instant,
+    /// The VMM has given its answer.
+    settled: bool,
 }
 
 /// What comes of a command that is under way.
@@ -134,8 +137,8 @@ impl Taking<'_> {
         let sent = self.machine.send(&Command::Snapshot(command), &fds);
         let instant = sent.and_then(|id| self.instant(id).map(|stood| (id, stood)));
         if let (Err(_), Some(top)) = (&instant, top) {
-            // Where the VMM is gone without a word nobody knows, and a new top that is empty does no harm.
-            if inner.shared().taken.is_none() && inner.shared().exit.is_none() {
+            // Where the VMM gave no answer nobody knows, and a new top that is empty does no harm.
+            if self.settled && inner.shared().taken.is_none() {
                 take_back(inner, top);
             }
         }
@@ -195,6 +198,7 @@ impl Taking<'_> {
         let mut told = Instant::now();
         loop {
             if let Some(word) = self.machine.inner.wait_for(LOOK, word) {
+                self.settled = matches!(word, Word::Answer(_));
                 return word;
             }
             if (self.cancelled)() {
@@ -209,16 +213,17 @@ impl Taking<'_> {
     }
 
     /// Has the VMM give the snapshot up, and waits until it has.
-    fn give_up(&self, id: u64) {
+    fn give_up(&mut self, id: u64) {
         let (machine, inner) = (self.machine, &self.machine.inner);
         let over = machine.request(Command::CancelSnapshot).and_then(|_| {
             match inner.wait_for(inner.patience.answer, |shared| answer_to(shared, id)) {
-                Some(_) => Ok(()),
+                Some(answer) => Ok(answer.is_some()),
                 None => Err(hung(inner, &Command::CancelSnapshot)),
             }
         });
-        if let Err(err) = over {
-            tracing::warn!(id = inner.id, err = err.chain(), "a snapshot could not be cancelled");
+        match over {
+            Ok(answered) => self.settled = answered,
+            Err(err) => tracing::warn!(id = inner.id, err = err.chain(), "a snapshot could not be cancelled"),
         }
     }
 
