@@ -12,9 +12,10 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::MsiLog;
+use crate::dirty::GRAIN;
 use crate::pci::{MsiNotifier, PciFunction};
 use crate::virtio::pci::{VirtioPci, NOTIFY_OFFSET, NOTIFY_STRIDE};
 use crate::virtio::VirtioDevice;
@@ -291,6 +292,44 @@ impl Driver {
             Part::Out(_) => None,
         });
         (used, answers.collect())
+    }
+
+    /// Sends a request while the device stands and the dirty log is on, lets the device serve it, and gives how many grains
+    /// of memory the device changed, and which of them the log lacks.
+    pub fn unnoted(&mut self, queue: u16, parts: &[Part]) -> (usize, Vec<usize>) {
+        self.function.pause();
+        let (head, _) = self.prepare(queue, parts);
+        self.offer(queue, head);
+        self.mem.iter().for_each(|region| region.bitmap().log().start());
+        let before = self.contents();
+        let rings = GuestAddress(ring(queue) + USED + 2);
+        let index = || self.mem.load::<u16>(rings, std::sync::atomic::Ordering::Acquire).unwrap();
+        let (old, start) = (index(), Instant::now());
+        self.function.resume();
+        while index() == old && start.elapsed() < PATIENCE {
+            rest(start);
+        }
+        self.function.pause();
+        let (mut changed, mut lacking) = (0, Vec::new());
+        for ((region, old), new) in self.mem.iter().zip(before).zip(self.contents()) {
+            let mut noted = Vec::new();
+            region.bitmap().log().take(|grain| noted.push(grain));
+            let grains = old.chunks(GRAIN).zip(new.chunks(GRAIN)).enumerate();
+            for (grain, _) in grains.filter(|(_, (old, new))| old != new) {
+                changed += 1;
+                if !noted.contains(&grain) {
+                    lacking.push(grain);
+                }
+            }
+        }
+        self.function.resume();
+        self.wait_used(queue).expect("an answer");
+        (changed, lacking)
+    }
+
+    fn contents(&self) -> Vec<Vec<u8>> {
+        let ranges = self.mem.iter().map(|region| (region.start_addr().0, u32::try_from(region.len()).unwrap()));
+        ranges.map(|(start, len)| self.bytes(start, len)).collect()
     }
 
     /// Copies out of guest memory.

@@ -235,6 +235,15 @@ mod tests {
     }
 
     #[test]
+    fn input_is_noted_for_a_snapshot() {
+        let (console, input, _) = console();
+        let mut driver = Driver::ready(console, 0);
+        input.push(b"typed");
+        let (changed, lacking) = driver.unnoted(0, &[Part::In(64)]);
+        assert!(changed >= 2 && lacking.is_empty(), "{changed} {lacking:?}");
+    }
+
+    #[test]
     fn contract_holds() {
         virtio_contract::device(|| {
             let (console, input, _) = console();

@@ -109,6 +109,12 @@ mod tests {
     }
 
     #[test]
+    fn what_is_written_is_noted_for_a_snapshot() {
+        let (changed, lacking) = Driver::ready(rng(), 0).unnoted(0, &[Part::In(64 << 10)]);
+        assert!(changed >= 2 && lacking.is_empty(), "{changed} {lacking:?}");
+    }
+
+    #[test]
     fn contract_holds() {
         virtio_contract::device(rng);
     }

@@ -320,3 +320,14 @@ fn restore_onto_a_smaller_disk_returns_invalid() {
 fn contract_holds() {
     virtio_contract::device(|| block(2));
 }
+
+#[test]
+fn what_a_disk_reads_into_memory_is_noted_for_a_snapshot() {
+    let mut driver = Driver::ready(block(1), 0);
+    let data = vec![7; 256 << 10];
+    assert_eq!(io(&mut driver, 1, 0, &data, 0).0, 0);
+    let header = header(0, 0);
+    let (changed, lacking) = driver.unnoted(0, &[Part::Out(&header), Part::In(256 << 10), Part::In(1)]);
+    assert!(changed >= 5, "{changed}: the data, and the used ring");
+    assert!(lacking.is_empty(), "{lacking:?}");
+}
