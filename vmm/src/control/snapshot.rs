@@ -135,7 +135,7 @@ impl Owner {
             Notice::Copied => self.stand_no_more(),
             Notice::Done(result) => {
                 self.stand_no_more();
-                let Some(current) = self.current.take() else { return None };
+                let current = self.current.take()?;
                 let stood_micros = current.stood_micros();
                 let result = match current.failure {
                     Some(failure) => Err(failure),

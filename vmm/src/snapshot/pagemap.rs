@@ -88,7 +88,7 @@ mod tests {
         assert!(own(&ram).is_empty());
         // Below 2 MiB, where pages are small.
         ram.memory().write_obj(1u8, GuestAddress(5 * CHUNK as u64)).unwrap();
-        assert_eq!(own(&ram), [5..6]);
+        assert_eq!(own(&ram).as_slice(), std::slice::from_ref(&(5..6)));
     }
 
     #[test]

@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::io::Read;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -154,7 +154,7 @@ impl Snapshot {
 
     /// A machine that goes on from here, without disks.
     pub fn setup(&self) -> Setup {
-        let clone = |file: &File| OwnedFd::from(file.as_fd().try_clone_to_owned().unwrap());
+        let clone = |file: &File| -> OwnedFd { file.try_clone().unwrap().into() };
         Setup::restore(clone(&self.state), clone(&self.memory)).vcpus(self.vcpus).memory(self.size)
     }
 }
