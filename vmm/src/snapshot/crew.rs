@@ -26,19 +26,24 @@ pub(super) struct Crew {
 }
 
 impl Crew {
-    /// Starts `count` threads that first call `enter`.
+    /// Starts `count` threads that first call `enter`, and waits until all have.
     pub(super) fn start(count: usize, enter: &Arc<dyn Fn() + Send + Sync>) -> io::Result<Self> {
         let finished = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
         let mut members = Vec::with_capacity(count);
+        let (entered, entries) = mpsc::channel();
         for number in 0..count {
             let (sender, tasks) = mpsc::channel();
-            let (enter, finished) = (Arc::clone(enter), Arc::clone(&finished));
+            let (enter, finished, entered) = (Arc::clone(enter), Arc::clone(&finished), entered.clone());
             Builder::new().name(format!("copy{number}")).stack_size(STACK_BYTES).spawn(move || {
                 enter();
+                let _ = entered.send(());
+                drop(entered);
                 serve(&tasks, &finished);
             })?;
             members.push(sender);
         }
+        drop(entered);
+        entries.iter().take(count).for_each(drop);
         Ok(Self { members, finished })
     }
 
