@@ -219,6 +219,9 @@ impl Monitor {
                 let micros = timeline.iter().find(|(name, _)| name == "vmm first exit").map_or(0, |(_, at)| *at);
                 tracing::info!(id = inner.id, ?timeline, "the guest lives");
                 inner.tell(&MachineEvent::FirstExit { micros });
+                if let Some(lock) = &inner.ram_lock {
+                    lock.bring_in();
+                }
                 inner.save();
             }
             FromVmm::Event(Event::SnapshotTaken { stood_micros }) => return self.snapshot_taken(stood_micros),

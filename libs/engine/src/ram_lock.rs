@@ -14,19 +14,20 @@ use nix::unistd::{lseek, Whence};
 use crate::error::{Error, Kind, Result};
 use crate::sys::LockedMap;
 
-/// Bytes that are read between two looks at whether the machine is still there.
-const STEP: usize = 32 << 20;
+/// Bytes that are read at a time: this process's other mappings wait for it.
+const STEP: usize = 1 << 20;
 
 /// The mapping; it ends when this does.
 #[derive(Debug)]
 pub(crate) struct RamLock {
     map: Arc<LockedMap>,
+    file: File,
+    length: usize,
     ended: Arc<AtomicBool>,
 }
 
 impl RamLock {
-    /// Locks the file's `length` bytes: what is in memory at once, the rest as a thread beside the start reads it. Holes
-    /// are left out: no disk has to give them back.
+    /// Maps the file's first `length` bytes so that each page stays in memory once it was brought in.
     pub(crate) fn take(file: &File, length: u64) -> Result<Self> {
         let length = usize::try_from(length).unwrap_or(usize::MAX);
         let map = LockedMap::new(file.as_fd(), length).map_err(|err| {
@@ -36,18 +37,26 @@ impl RamLock {
             );
             Error::new(Kind::FailedPrecondition, message).because(err)
         })?;
-        let lock = Self { map: Arc::new(map), ended: Arc::default() };
-        let failed = || Error::io("the RAM file cannot be held in memory");
-        let file = file.try_clone().map_err(failed())?;
-        let (map, ended) = (Arc::clone(&lock.map), Arc::clone(&lock.ended));
-        let reader = thread::Builder::new().name("ovms-ram".into()).stack_size(128 << 10);
-        let read = move || {
-            if let Err(err) = read(&file, &map, length, &ended) {
-                tracing::warn!(%err, "the RAM file is locked only where it is used");
-            }
+        let file = file.try_clone().map_err(Error::io("the RAM file cannot be held in memory"))?;
+        Ok(Self { map: Arc::new(map), file, length, ended: Arc::default() })
+    }
+
+    /// Has a thread bring the file in, once the guest lives: it would be in the way of the start. Holes are left out: no
+    /// disk has to give them back.
+    pub(crate) fn bring_in(&self) {
+        let (map, length, ended) = (Arc::clone(&self.map), self.length, Arc::clone(&self.ended));
+        let begin = || {
+            let file = self.file.try_clone()?;
+            let read = move || {
+                if let Err(err) = read(&file, &map, length, &ended) {
+                    tracing::warn!(%err, "the RAM file is locked only where it is used");
+                }
+            };
+            thread::Builder::new().name("ovms-ram".into()).stack_size(128 << 10).spawn(read)
         };
-        reader.spawn(read).map_err(failed())?;
-        Ok(lock)
+        if let Err(err) = begin() {
+            tracing::warn!(%err, "the RAM file is locked only where it is used");
+        }
     }
 }
 
@@ -118,6 +127,7 @@ mod tests {
             // A limit below four pages.
             Err(err) => return assert!(err.chain().contains("ulimit -l"), "{}", err.chain()),
         };
+        lock.bring_in();
         assert!(locked() >= 16384);
         drop(lock);
         let begin = Instant::now();

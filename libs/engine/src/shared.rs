@@ -41,7 +41,7 @@ pub(crate) struct Inner {
     pub(crate) patience: Patience,
     /// The console's unused stderr.
     pub(crate) _stderr: Option<OwnedFd>,
-    pub(crate) _ram_lock: Option<RamLock>,
+    pub(crate) ram_lock: Option<RamLock>,
     shared: Mutex<Shared>,
     changed: Condvar,
     listeners: Mutex<Listeners>,
@@ -183,7 +183,7 @@ impl Inner {
             began: parts.began,
             patience: parts.patience,
             _stderr: parts.stderr,
-            _ram_lock: parts.ram_lock,
+            ram_lock: parts.ram_lock,
             shared: Mutex::new(shared),
             changed: Condvar::new(),
             listeners: Mutex::default(),

@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use common::{eventually, unique, Console, Host, PATIENCE};
+use common::{eventually, proc_status, unique, Console, Host, PATIENCE};
 use ovms_bundle::{create_top, Bundle, Ram, Record, SnapshotRecord, TopPaths, SNAPSHOT_DISK, SNAPSHOT_RAM};
 use ovms_config::settings::RamPolicy;
 use ovms_engine::{
@@ -269,6 +269,33 @@ fn the_working_set_is_recorded_by_the_first_and_used_by_the_next() {
     }
     let set = ovms_state::WorkingSet::read(&File::open(set).unwrap(), 64 << 20).unwrap();
     assert!(set.pages() > 0);
+}
+
+#[test]
+#[ignore = "needs /dev/kvm and root"]
+fn ram_that_must_be_locked_is_locked_by_the_engine_and_by_the_vmm_and_free_afterwards() {
+    let host = Host::new();
+    let (machine, _console, bundle) = tally(&host, "fill=8");
+    let dir = empty_dir(&host);
+    take(&machine, &dir, DIFF);
+    let clone_bundle = resumed(&host, &bundle, &[&dir]);
+    kill(&machine);
+    let mut record = Record::load(&clone_bundle).unwrap();
+    record.ram.as_mut().unwrap().mlock = true;
+    record.save(&clone_bundle).unwrap();
+    let locked = |pid| proc_status(pid, "VmLck").trim_end_matches(" kB").parse::<u64>().unwrap() << 10;
+    let own = std::process::id();
+    let before = locked(own);
+    let (mut spec, mut console) = go_on(&host, &clone_bundle);
+    spec.lock_ram = true;
+    let clone = create(&host, spec);
+    clone.start().unwrap();
+    console.expect("count ");
+    assert_eq!(locked(own), before + (64 << 20));
+    assert!(locked(clone.pid()) >= 8 << 20, "{}", locked(clone.pid()));
+    assert_good(&clone, console);
+    drop(clone);
+    eventually("the RAM file is let go", || locked(own) == before);
 }
 
 #[test]
