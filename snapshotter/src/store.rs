@@ -313,6 +313,11 @@ impl Store {
         self.read(|tables| tables.blobs.iter()?.map(|entry| Ok(entry?.0.value().0.to_owned())).collect())
     }
 
+    /// Whether snapshots stand on this one.
+    pub fn has_children(&self, number: u64) -> Result<bool> {
+        self.read(|tables| Ok(tables.children.range((number, 0)..=(number, u64::MAX))?.next().is_some()))
+    }
+
     /// One snapshot.
     pub fn get(&self, key: &str) -> Result<Record> {
         self.read(|tables| tables.get(key))

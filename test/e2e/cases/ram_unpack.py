@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from e2e.harness import process, tally
@@ -77,10 +76,3 @@ def killed_daemon_unpacks_again(bed: Bed) -> None:
     console = tally.start(bed, image, "vm")
     check(tally.first(console) >= before, f"it began at {tally.first(console)}")
     tally.end(bed, "vm", console)
-
-
-def _descriptor(bed: Bed) -> dict[str, object]:
-    """The manifest of the bundle that is there."""
-    records = list((bed.ovms.state / "s").glob("*/bundle.json"))
-    check(len(records) == 1, f"bundles: {records}")
-    return json.loads(records[0].read_text(encoding="utf-8"))

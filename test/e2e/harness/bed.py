@@ -185,12 +185,15 @@ class Bed:
         check(not vmms, f"VMMs are left: {vmms}")
 
     def hashes(self) -> dict[str, str]:
-        """Hashes of all files that layers and RAM were unpacked into; writable tops and the daemon's own books change."""
+        """Hashes of all files that layers and RAM were unpacked into; writable tops and the daemon's own books change.
+
+        What is being unpacked lies in directories whose names begin with a dot.
+        """
         found = {}
         for path in sorted(self.ovms.state.rglob("*")):
             shared = path.is_file() and ("layer" in path.name or path.suffix in (".data", ".raw", ".map", ".table")
                                          or path.name in ("memory", "state"))
-            if shared and "top" not in path.name:
+            if shared and "top" not in path.name and not path.parent.name.startswith("."):
                 with path.open("rb") as file:
                     found[str(path)] = hashlib.file_digest(file, "sha256").hexdigest()
         return found

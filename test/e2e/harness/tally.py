@@ -26,6 +26,8 @@ def said(console: Path) -> list[int]:
 def start(bed: Bed, image: str, name: str, *flags: str) -> Path:
     """Starts a detached machine of the image; returns its console once it has counted twice."""
     console = bed.dir / f"{name}.console"
+    # Loggers append, and an earlier machine of that name may have counted into it.
+    console.unlink(missing_ok=True)
     bed.vm(image, name, "-d", "--log-uri", f"file://{console}", *flags)
     await_counts(bed, console)
     return console

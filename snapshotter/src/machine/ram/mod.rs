@@ -43,6 +43,8 @@ const BLOB_EXTRA: u64 = 1 << 30;
 const PATIENCE: Duration = Duration::from_secs(15 * 60);
 /// How often it looks.
 const EVERY: Duration = Duration::from_secs(2);
+/// How long it waits for the next layer of the image, above which another descriptor may lie.
+const NEXT_LAYER: Duration = Duration::from_millis(500);
 
 /// RAM that a machine resumes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -253,7 +255,13 @@ async fn try_ahead(daemon: &Arc<Daemon>, number: u64) -> Result<()> {
     if !is_allowed(daemon) {
         return Ok(());
     }
+    tokio::time::sleep(NEXT_LAYER).await;
     let found = daemon.blocking(move |daemon| {
+        // A snapshot of a clone is an image with several descriptors, of which the topmost counts; and what a container
+        // stands on is unpacked when that is resolved.
+        if daemon.store.has_children(number)? {
+            return Ok(None);
+        }
         let Some(chain) = daemon.store.chain_of(number)? else { return Ok(None) };
         if chain.record.kind != Kind::Committed || chain.record.content != Content::Machine(Layer::Ready) {
             return Ok(None);
