@@ -17,9 +17,11 @@ use std::ptr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 
+use ovms_devices::dirty::DirtyLog;
 use ovms_devices::virtio::MemoryDiscard;
 use ovms_devices::GuestMemory;
 use thiserror::Error;
+use vm_memory::bitmap::NewBitmap;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
 
@@ -126,9 +128,10 @@ impl Ram {
         for (start, bytes) in ranges(size) {
             let length = usize::try_from(bytes).map_err(|_| MemoryError::Layout(size))?;
             let pointer = make(start, bytes, length)?;
+            let log = DirtyLog::with_len(length);
             // SAFETY: `make` has just mapped `length` bytes at `pointer` for this process alone, and they are never
             // unmapped.
-            let builder = unsafe { MmapRegionBuilder::new(length).with_raw_mmap_pointer(pointer) };
+            let builder = unsafe { MmapRegionBuilder::new_with_bitmap(length, log).with_raw_mmap_pointer(pointer) };
             let region = builder
                 .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
                 .build()
