@@ -284,12 +284,6 @@ fn build(inner: &Inner, packet: Packet, report: Report, vmm: &Path, oom_score_ad
     }
     sent.map_err(|err| Error::new(Kind::Internal, "the machine's configuration cannot be sent").because(err))?;
     inner.step("configured");
-    inner.change(|shared| {
-        if shared.state == State::Creating {
-            shared.state = State::Created;
-        }
-    });
-    inner.save();
     Ok(())
 }
 

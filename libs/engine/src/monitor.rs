@@ -201,7 +201,14 @@ impl Monitor {
                 }
                 let name = |(name, at): (String, u64)| (clean(&name, MAX_STEP_NAME), at);
                 inner.vmm_steps(timeline.steps.into_iter().take(MAX_STEPS).map(name).collect());
-                inner.change(|shared| shared.configured = true);
+                inner.change(|shared| {
+                    shared.configured = true;
+                    if shared.state == State::Creating {
+                        shared.state = State::Created;
+                    }
+                });
+                // Here, where nobody waits for it.
+                inner.save();
             }
             FromVmm::Failed { kind, message } => {
                 if inner.shared().failed.is_some() {
