@@ -25,6 +25,8 @@ static volatile struct available available __attribute__((aligned(4096)));
 static volatile struct used used __attribute__((aligned(4096)));
 static struct { uint32_t type, reserved; uint64_t sector; } header;
 static uint8_t data[512];
+/* Where requests read from and write to. */
+static void *blk_buffer = data;
 static volatile uint8_t status;
 static volatile uint16_t *notify;
 
@@ -36,7 +38,7 @@ static void blk_fail(const char *what)
     power_off();
 }
 
-/* Type 0 reads into `data`, 1 writes it, 4 flushes. */
+/* Type 0 reads into the buffer, 1 writes it, 4 flushes. */
 static void blk_request(uint32_t type, uint64_t sector)
 {
     unsigned last = type == 4 ? 1 : 2;
@@ -44,7 +46,7 @@ static void blk_request(uint32_t type, uint64_t sector)
     header.sector = sector;
     status = 0xff;
     descriptors[0] = (struct descriptor){(uint64_t)&header, 16, 1, 1};
-    descriptors[1] = (struct descriptor){(uint64_t)data, 512, type == 0 ? 3 : 1, 2};
+    descriptors[1] = (struct descriptor){(uint64_t)blk_buffer, 512, type == 0 ? 3 : 1, 2};
     descriptors[last] = (struct descriptor){(uint64_t)&status, 1, 2, 0};
     uint16_t before = used.index;
     available.ring[available.index % QUEUE] = 0;

@@ -343,3 +343,24 @@ fn snapshots_of_a_clone_are_of_one_instant_whole_or_as_a_diff() {
         }
     }
 }
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn what_a_disk_writes_into_memory_is_in_the_snapshot() {
+    for barrier in [true, false] {
+        let mut disk = Disk::new(1 << 20);
+        let setup = disk.add_to(Setup::new(guest("dma")));
+        let mut vmm = if barrier { setup.userfault() } else { setup }.start();
+        vmm.command(Command::Run);
+        vmm.expect("dma\n");
+        for _ in 0..3 {
+            let file = blob();
+            let [data, map] = disk.add_top();
+            take(&mut vmm, SnapshotCommand::default(), &[file.try_clone().unwrap(), data, map]);
+            let memory = memory_of(&file);
+            let [counted, read] = [24u64 << 20, 20 << 20].map(|place| words_at(&memory, place, PAGE)[0]);
+            assert!(read == counted || read + 1 == counted, "the disk wrote {counted}, the blob has {read}");
+        }
+        end(vmm);
+    }
+}
