@@ -54,9 +54,12 @@ pub async fn resolve(daemon: &Arc<Daemon>, wish: Wish<'_>, tell: Tell<'_>) -> Re
         None => None,
     };
     let _alone = daemon.keyed.lock(format!("resolve {}", chain.record.number)).await;
-    let resolved = make(daemon, &scope, wish.container, &chain, checkpoint.as_ref(), tell).await?;
-    resume::add_ram(daemon, &scope, &chain, &resolved.bundle, checkpoint.as_ref(), tell).await?;
-    Ok(resolved)
+    if let Some(resolved) = find(daemon, &chain) {
+        resume::add_ram(daemon, &scope, &chain, &resolved.bundle, checkpoint.as_ref(), tell).await?;
+        return Ok(resolved);
+    }
+    let order = Order { container: wish.container, checkpoint: checkpoint.as_ref(), with_ram: true };
+    make(daemon, &scope, &chain, order, tell).await
 }
 
 /// The active snapshot of a machine behind a mount.
@@ -92,37 +95,59 @@ async fn machine_of(daemon: &Arc<Daemon>, source: &Path) -> Result<Chain> {
 /// Makes whatever a machine's snapshot still lacks, but for RAM; once it is all there, it stays as it is.
 pub async fn prepare(daemon: &Arc<Daemon>, scope: &Scope, container: &str, chain: &Chain) -> Result<Resolved> {
     let _alone = daemon.keyed.lock(format!("resolve {}", chain.record.number)).await;
-    make(daemon, scope, container, chain, None, &|_| ()).await
+    match find(daemon, chain) {
+        Some(resolved) => Ok(resolved),
+        None => make(daemon, scope, chain, Order { container, checkpoint: None, with_ram: false }, &|_| ()).await,
+    }
+}
+
+/// The machine of a snapshot, if it was made.
+fn find(daemon: &Daemon, chain: &Chain) -> Option<Resolved> {
+    let dir = daemon.layout.snapshot(chain.record.number);
+    let bundle = Some(dir.join(BUNDLE)).filter(|bundle| bundle.exists())?;
+    let args = fs::read(dir.join(ARGS)).ok().and_then(|text| serde_json::from_slice(&text).ok());
+    Some(Resolved { bundle, args })
+}
+
+/// How a machine is to be made.
+#[derive(Clone, Copy)]
+struct Order<'a> {
+    container: &'a str,
+    checkpoint: Option<&'a Checkpoint>,
+    with_ram: bool,
 }
 
 async fn make(
     daemon: &Arc<Daemon>,
     scope: &Scope,
-    container: &str,
     chain: &Chain,
-    checkpoint: Option<&Checkpoint>,
+    order: Order<'_>,
     tell: Tell<'_>,
 ) -> Result<Resolved> {
+    let Order { container, checkpoint, with_ram } = order;
     let dir = daemon.layout.snapshot(chain.record.number);
     let bundle = dir.join(BUNDLE);
-    if bundle.exists() {
-        let text = fs::read(dir.join(ARGS)).ok();
-        return Ok(Resolved { bundle, args: text.and_then(|text| serde_json::from_slice(&text).ok()) });
-    }
     finish_parents(daemon, chain, tell).await?;
     let at = chain.clone();
     let (layers, own) = daemon.blocking(move |daemon| layers_of(daemon, &at)).await?;
     // A checkpoint's disk is all that its machine ever added to the image, as it was at the instant of its RAM.
     let own = own.filter(|_| checkpoint.is_none());
     let plan = plan(daemon, scope, container, chain, &layers, own.as_ref()).await?;
-    let (boot, args) = tokio::join!(boot_files(daemon, scope, chain, &plan), async {
+    let args = async {
         match plan.args.clone() {
             Some(args) => Some(args),
             // Whatever tool wrote the image may have given it another Entrypoint than ours.
             None => image::args_of(&daemon.containerd, scope, container, chain_id(chain)).await,
         }
-    });
-    let [kernel, initrd] = boot?;
+    };
+    let ram = async {
+        match with_ram {
+            true => resume::first(daemon, scope, chain, &plan.manifest, checkpoint, tell).await,
+            false => Ok(None),
+        }
+    };
+    let (boot, args, ram) = tokio::join!(boot_files(daemon, scope, chain, &plan), args, ram);
+    let ([kernel, initrd], ram) = (boot?, ram?);
     let Plan { manifest, name, .. } = plan;
     let disk = disk_below(&layers).map(|(top, disk)| Disk {
         virtual_size: disk.virtual_size,
@@ -132,7 +157,7 @@ async fn make(
         top: None,
         read_only: false,
     });
-    let record = Record { version: RECORD_VERSION, image: name, manifest, kernel, initrd, disk, ram: None };
+    let record = Record { version: RECORD_VERSION, image: name, manifest, kernel, initrd, disk, ram };
     let (answer, checkpoint) = (args.clone(), checkpoint.cloned());
     daemon
         .blocking(move |daemon| {

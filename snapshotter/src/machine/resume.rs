@@ -11,6 +11,7 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
+use ovms_artifact::manifest::Manifest;
 use ovms_bundle::{Ram, Record};
 
 use super::checkpoint::{Checkpoint, Mark, MARK};
@@ -22,7 +23,41 @@ use crate::error::{Context, Error, Result};
 use crate::store::Chain;
 use ovms_containerd::Scope;
 
-/// Brings a bundle's record in line with that.
+/// What a machine that is being made resumes from.
+pub async fn first(
+    daemon: &Arc<Daemon>,
+    scope: &Scope,
+    chain: &Chain,
+    manifest: &Manifest,
+    checkpoint: Option<&Checkpoint>,
+    tell: Tell<'_>,
+) -> Result<Option<Ram>> {
+    let wanted = match checkpoint {
+        Some(checkpoint) => Some(checkpoint.wanted(manifest)),
+        None => Wanted::of(manifest)?,
+    };
+    match wanted.filter(|_| ram::is_allowed(daemon)) {
+        Some(wanted) => ready(daemon, scope, chain, wanted, checkpoint, tell).await.map(Some),
+        None => Ok(None),
+    }
+}
+
+/// Makes RAM ready, held by the container's snapshot, and by the image's if it comes from there.
+async fn ready(
+    daemon: &Arc<Daemon>,
+    scope: &Scope,
+    chain: &Chain,
+    wanted: Wanted,
+    checkpoint: Option<&Checkpoint>,
+    tell: Tell<'_>,
+) -> Result<Ram> {
+    let image = chain.parents.first().filter(|_| checkpoint.is_none()).map(|parent| parent.number);
+    let holders: Vec<_> = std::iter::once(chain.record.number).chain(image).collect();
+    let blob = checkpoint.map(Checkpoint::ram);
+    ram::ready(daemon, scope, wanted, blob.as_deref(), &holders, tell).await
+}
+
+/// Brings the record of a machine that was made before in line with its disk.
 pub async fn add_ram(
     daemon: &Arc<Daemon>,
     scope: &Scope,
@@ -57,12 +92,7 @@ pub async fn add_ram(
         (Seen::Untouched, None) => Start::Boot,
         // The engine says so to whoever starts it.
         (Seen::Untouched, Some(_)) if !ram::is_allowed(daemon) => Start::Denied,
-        (Seen::Untouched, Some(wanted)) => {
-            let image = chain.parents.first().filter(|_| checkpoint.is_none()).map(|parent| parent.number);
-            let holders: Vec<_> = std::iter::once(number).chain(image).collect();
-            let blob = checkpoint.map(Checkpoint::ram);
-            Start::Resume(ram::ready(daemon, scope, wanted, blob.as_deref(), &holders, tell).await?)
-        }
+        (Seen::Untouched, Some(wanted)) => Start::Resume(ready(daemon, scope, chain, wanted, checkpoint, tell).await?),
     };
     if !start.changes(&record) {
         return Ok(());
