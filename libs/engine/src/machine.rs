@@ -352,8 +352,9 @@ impl Machine {
         let inner = &self.inner;
         let id = {
             let mut shared = inner.shared();
-            if shared.exit.is_some() {
-                return Err(gone(inner));
+            // Not `gone`, which would wait for the lock held here.
+            if let Some(exit) = &shared.exit {
+                return Err(ended(inner, Some(exit)));
             }
             if shared.pending.len() >= MAX_PENDING {
                 return Err(Error::new(Kind::Unavailable, "too many requests wait for the VMM's answers"));
@@ -404,7 +405,11 @@ pub(crate) fn hung(inner: &Inner, command: &Command) -> Error {
 }
 
 pub(crate) fn gone(inner: &Inner) -> Error {
-    let why = inner.shared().exit.as_ref().map(|exit| format!("{:?}", exit.reason)).unwrap_or_default();
+    ended(inner, inner.shared().exit.as_ref())
+}
+
+fn ended(inner: &Inner, exit: Option<&ExitInfo>) -> Error {
+    let why = exit.map(|exit| format!("{:?}", exit.reason)).unwrap_or_default();
     Error::new(Kind::NotFound, format!("machine {} has ended already ({why})", inner.id))
 }
 

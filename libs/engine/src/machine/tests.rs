@@ -157,6 +157,17 @@ fn states_forbid_what_makes_no_sense() {
 }
 
 #[test]
+fn request_to_an_ended_machine_returns_not_found_and_holds_nobody_up() {
+    let stage = stage();
+    stage.start();
+    stage.kill();
+    let (machine, (tell, told)) = (stage.machine.clone(), mpsc::channel());
+    std::thread::spawn(move || tell.send(machine.resize_console(80, 24).unwrap_err().kind()));
+    assert_eq!(told.recv_timeout(Duration::from_secs(10)), Ok(Kind::NotFound));
+    assert_eq!(stage.machine.status().state, State::Stopped);
+}
+
+#[test]
 fn a_machine_that_was_only_created_ends_by_power_button_and_by_delete() {
     let pressed = stage();
     pressed.machine.power_button().unwrap();
