@@ -52,7 +52,7 @@ pub enum Error {
     NoTop(PathBuf),
     /// A running machine's disk has as many frozen tops as are possible.
     #[error(
-        "the disk {} was frozen {count} times under its machine, and more would make it slow: make an image of it \
+        "the disk {} was frozen {count} times under its machine, and with its layers that is as much as can be: make an image of it \
          (ovm snapshot, nerdctl commit, ctr snapshots diff) and go on from a machine of that",
         path.display()
     )]

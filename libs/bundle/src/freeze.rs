@@ -14,7 +14,6 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use ovms_config::vm::MAX_LAYERS;
 use ovms_disk::{Top, TopFiles};
 
 use crate::{
@@ -27,6 +26,8 @@ use crate::{
 /// The most tops that may lie frozen below a machine's writable one. Each is opened at every start and asked at every read of
 /// what nobody above has written.
 pub const MAX_FROZEN: usize = 32;
+/// The most files that a disk may have: all of a machine's must fit one packet of 253 descriptors (`SCM_MAX_FD`).
+const MAX_FILES: usize = 230;
 
 /// A top that was made beside a running machine's, entered into its record.
 #[derive(Debug)]
@@ -53,7 +54,7 @@ impl NewTop {
         let none = || Error::NoTop(path.to_owned());
         let (top, loaded_top) = disk.top.as_ref().zip(loaded.top.as_ref()).ok_or_else(none)?;
         let count = disk.frozen.len() + 1;
-        if count > MAX_FROZEN || disk.layers.len() + count > MAX_LAYERS {
+        if count > MAX_FROZEN || disk.layers.len() + 2 * count > MAX_FILES {
             return Err(Error::Frozen { path: loaded_top.data.clone(), count: disk.frozen.len() });
         }
         let size = disk_size(loaded_top)?;
@@ -215,6 +216,12 @@ mod tests {
         let count = files(dir.path());
         let err = NewTop::make(&path, &"a".into()).unwrap_err();
         assert!(err.to_string().contains("frozen 32 times"), "{err}");
+        let disk = record.disk.as_mut().unwrap();
+        disk.frozen.truncate(20);
+        disk.layers = vec!["layer".into(); 190];
+        record.save(&path).unwrap();
+        let err = NewTop::make(&path, &"a".into()).unwrap_err();
+        assert!(err.to_string().contains("frozen 20 times"), "{err}");
         assert_eq!(files(dir.path()), count);
     }
 }

@@ -151,7 +151,12 @@ impl Taking<'_> {
         let cancelled = self.cancelled;
         let (ram, disk) = thread::scope(|scope| {
             let ram = scope.spawn(|| dir.measure_ram(cancelled));
-            let disk = record.disk.clone().map(frozen).map(|disk| dir.write_disk(&disk, cancelled)).transpose();
+            let disk = record
+                .disk
+                .clone()
+                .map(|disk| frozen(disk, inner))
+                .map(|disk| dir.write_disk(&disk, cancelled))
+                .transpose();
             (ram.join(), disk)
         });
         let ram = ram.unwrap_or(Err(ovms_bundle::Error::Cancelled)).map_err(bundle_error)?;
@@ -273,9 +278,9 @@ impl Machine {
 }
 
 /// The disk whose tops nobody writes any more: the record's is the new one, or that of a guest that may not write.
-fn frozen(mut disk: Disk) -> Disk {
+fn frozen(mut disk: Disk, inner: &Inner) -> Disk {
     let top = disk.top.take();
-    if disk.read_only {
+    if !inner.origin.writable {
         disk.frozen.extend(top);
     }
     disk

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use ovms_bundle::{holder, Ram, TopPaths};
+use ovms_bundle::{holder, Bundle, Ram, TopPaths, SNAPSHOT_DISK};
 use ovms_proto::control::{Event, FromVmm, Request};
 use ovms_proto::machine::{Client, RequestError, ToMachine, SOCKET};
 use ovms_state::{Fingerprint, PageRange, SnapshotWriter, WorkingSet};
@@ -15,6 +15,7 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::machine::MachineEvent;
+use crate::shared::Origin;
 use crate::stage::{bundle, ram, stage_with, Stage, MEMORY};
 
 const STOOD: u64 = 900;
@@ -100,6 +101,31 @@ fn a_snapshot_is_complete_and_the_record_lists_the_frozen_top() {
     assert_eq!(by.text, "machine ns/vm1");
     let known = crate::record::read(stage.runtime.path(), "ns", "vm1").unwrap().unwrap();
     assert_eq!((known.state, known.tops), (State::Running, vec![disk.top.unwrap().data]));
+    stage.kill();
+}
+
+#[test]
+fn a_snapshot_of_a_guest_that_may_not_write_holds_what_its_disk_was_given_before() {
+    let stage = stage_with(|dir| {
+        let origin = bundle(dir, None);
+        let stack = Bundle::open(&origin.bundle, "a test", false).unwrap().disk.unwrap().into_stack().unwrap();
+        stack.write_at(0, &[0xa5; 4096]).unwrap();
+        stack.flush().unwrap();
+        (Origin { writable: false, ..origin }, None)
+    });
+    stage.start();
+    let dir = tempfile::tempdir().unwrap();
+    thread::scope(|scope| {
+        let taking = scope.spawn(|| take(&stage.machine, &dir, SnapshotOptions::default()).unwrap());
+        let (request, fds) = stage.vmm.recv::<Request>().unwrap();
+        let [blob] = <[OwnedFd; 1]>::try_from(fds).unwrap();
+        taken(&stage);
+        complete(&stage, request.id, blob.into(), None);
+        taking.join().unwrap();
+    });
+    let image = fs::read(dir.path().join(SNAPSHOT_DISK)).unwrap();
+    assert!(image.windows(4096).any(|window| window == [0xa5; 4096]));
+    assert_eq!(disk(&stage).frozen.len(), 0);
     stage.kill();
 }
 
