@@ -60,21 +60,22 @@ def a_clone_of_a_clone_is_snapshotted(bed: Bed) -> None:
     image, count = tally.image_with_ram(bed)
     sizes = []
     for generation in (2, 3):
-        console = tally.start(bed, image, "clone")
+        name = f"clone{generation}"
+        console = tally.start(bed, image, name)
         check(tally.first(console) >= count, f"generation {generation} began at {tally.first(console)}, not behind {count}")
         count = tally.await_counts(bed, console)
         ref = bed.registry.ref(f"ram:{generation}")
-        tally.snapshot(bed, "clone", ref)
+        tally.snapshot(bed, name, ref)
         tally.await_counts(bed, console)
-        tally.end(bed, "clone", console)
+        tally.end(bed, name, console)
         bed.containerd.ctr("images", "rm", "--sync", image)
         image = tally.pull(bed, ref)
         sizes.append(_ram_sizes(ref))
 
-    console = tally.start(bed, image, "clone")
+    console = tally.start(bed, image, "last")
 
     check(tally.first(console) >= count, f"the last one began at {tally.first(console)}, not behind {count}")
-    tally.end(bed, "clone", console)
+    tally.end(bed, "last", console)
     check([len(found) for found in sizes] == [2, 3], f"the RAM blobs of the images have {sizes} bytes")
     check(len(set(map(tuple, (sorted(found)[-1:] for found in sizes)))) == 1, f"a RAM blob was written in full again: {sizes}")
 
@@ -327,7 +328,7 @@ def an_incompatible_host_is_told_what_lacks(bed: Bed) -> None:
 
         done = bed.vm(forged, "vm", "--rm", status=None)
 
-        bed.refused(done, named, "found", "needed")
+        bed.refused(done, named, "found")
         bed.containerd.ctr("containers", "delete", "vm", status=None)
         bed.nothing_half_made()
         console = tally.start(bed, forged, tag, "--annotation", "io.ovms.on-incompatible=boot", *tally.SMALL)

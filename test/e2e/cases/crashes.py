@@ -103,7 +103,9 @@ def the_snapshotter_dies_while_it_unpacks_ram(bed: Bed) -> None:
             bed.ovms.kill_snapshotter()
             session.wait(status=None)
         bed.ovms.start_snapshotter()
-        tally.pull(bed, image)
+        # containerd dials again only after a pause that grows with every failure.
+        process.until("containerd has found the snapshotter again",
+                      lambda: process.run(pull, status=None, env=bed.ovms.env).status == 0, bed.patience)
         console = tally.start(bed, image, "vm")
         check(tally.first(console) >= before, f"it began at {tally.first(console)}")
         tally.end(bed, "vm", console)
