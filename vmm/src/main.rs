@@ -179,7 +179,7 @@ fn map_memory(config: &VmConfig, fds: &mut Fds) -> Result<(Ram, Host), StartErro
         StartConfig::Restore(restore) => {
             let file = fds.take_file(restore.memory)?;
             let ram = Ram::restore(&file, config.memory, restore.mlock)?;
-            host.memory = Some(file);
+            host.memory = Some(Arc::new(file));
             ram
         }
     };

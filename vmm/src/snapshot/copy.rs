@@ -8,8 +8,10 @@
 //! A chunk is first copied out of guest memory, then compressed: the guest may change it at any time.
 
 use std::collections::VecDeque;
+use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -28,14 +30,21 @@ const STAGED_BYTES: usize = 16 << 20;
 pub(super) struct Copier {
     pub view: View,
     pub writer: SnapshotWriter,
+    /// The parent's memory, for a diff.
+    parent: Option<Arc<File>>,
     cancelled: Arc<AtomicBool>,
     failed: AtomicBool,
     failure: Mutex<Option<TakeError>>,
 }
 
 impl Copier {
-    pub(super) fn new(view: View, writer: SnapshotWriter, cancelled: Arc<AtomicBool>) -> Self {
-        Self { view, writer, cancelled, failed: AtomicBool::new(false), failure: Mutex::default() }
+    pub(super) fn new(
+        view: View,
+        writer: SnapshotWriter,
+        parent: Option<Arc<File>>,
+        cancelled: Arc<AtomicBool>,
+    ) -> Self {
+        Self { view, writer, parent, cancelled, failed: AtomicBool::new(false), failure: Mutex::default() }
     }
 
     /// Nothing more needs to be copied.
@@ -73,9 +82,21 @@ impl Copier {
         if self.is_over() {
             return;
         }
-        if let Err(err) = self.writer.put(chunk, data) {
+        // A chunk that was written and holds what it held before is the parent's.
+        let stored = match self.is_parents(chunk, data) {
+            true => self.writer.same_as_parent(chunk),
+            false => self.writer.put(chunk, data).map(drop),
+        };
+        if let Err(err) = stored {
             self.fail(TakeError::Write(err));
         }
+    }
+
+    fn is_parents(&self, chunk: u64, data: &[u8]) -> bool {
+        let Some(parent) = &self.parent else { return false };
+        let mut old = vec![0; data.len()];
+        // A chunk of the parent's that cannot be read is stored: more than needed, and right.
+        parent.read_exact_at(&mut old, chunk * CHUNK as u64).is_ok() && old == data
     }
 }
 
@@ -292,4 +313,46 @@ impl Task for Sweep {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::Ram;
+    use vm_memory::{Bytes, GuestAddress};
+
+    #[test]
+    fn chunks_that_are_as_in_the_parent_are_left_out() {
+        let ram = Ram::map(32 << 20).unwrap();
+        let view = View::new(&ram);
+        let parent = tempfile::tempfile().unwrap();
+        parent.set_len(ram.size()).unwrap();
+        parent.write_all_at(&[7; 3], 0).unwrap();
+        ram.memory().write_slice(&[7; 3], GuestAddress(0)).unwrap();
+        ram.memory().write_slice(&[8; 3], GuestAddress(CHUNK as u64)).unwrap();
+        let digest = format!("sha256:{:064}", 1);
+        let writer = SnapshotWriter::create(tempfile::tempfile().unwrap(), ram.size(), Some(digest)).unwrap();
+        let copier = Arc::new(Copier::new(view.clone(), writer, Some(Arc::new(parent)), Arc::default()));
+        let pending = Arc::new(ChunkSet::new(view.chunks()));
+        pending.insert_range(0..3);
+        Round::new(&copier, &pending).work();
+        copier.check().unwrap();
+        assert_eq!(pending.count(), 0);
+        let copier = Arc::into_inner(copier).unwrap();
+        let summary = copier.writer.finish(1, ovms_state::Fingerprint::default(), &[]).unwrap();
+        assert_eq!((summary.chunks, summary.content), (1, CHUNK as u64));
+    }
+
+    #[test]
+    fn cancelled_work_ends_and_says_so() {
+        let ram = Ram::map(32 << 20).unwrap();
+        let view = View::new(&ram);
+        let writer = SnapshotWriter::create(tempfile::tempfile().unwrap(), ram.size(), None).unwrap();
+        let copier = Arc::new(Copier::new(view.clone(), writer, None, Arc::new(AtomicBool::new(true))));
+        let pending = Arc::new(ChunkSet::new(view.chunks()));
+        pending.insert_range(0..view.chunks());
+        Round::new(&copier, &pending).work();
+        assert_eq!(pending.count(), view.chunks());
+        assert!(matches!(copier.check(), Err(TakeError::Cancelled)));
+    }
 }

@@ -42,7 +42,7 @@ pub(super) struct Job {
 /// The thread's own.
 pub(super) struct Taker {
     pub crew: Crew,
-    pub host: Arc<Host>,
+    pub host: Host,
     pub mail: Sender,
 }
 
@@ -66,7 +66,8 @@ impl Taker {
         let Job { blob, parent, vcpus, disks, tracker, instant, cancelled } = job;
         let whole = parent.is_none();
         let writer = SnapshotWriter::create(blob, tracker.view().ram().size(), parent)?;
-        let copier = Arc::new(Copier::new(tracker.view().clone(), writer, cancelled));
+        let known = self.host.memory.as_ref().filter(|_| !whole).map(Arc::clone);
+        let copier = Arc::new(Copier::new(tracker.view().clone(), writer, known, cancelled));
         // What is flushed now need not be after the instant.
         disks.iter().try_for_each(|disk| disk.flush())?;
         tracker.begin(&self.host, whole)?;

@@ -140,7 +140,7 @@ impl Snapshots {
             match crew {
                 Ok(crew) => {
                     let _ = is_ready.send(Ok(()));
-                    Taker { crew, host: Arc::new(host), mail }.serve(&queue);
+                    Taker { crew, host, mail }.serve(&queue);
                 }
                 Err(err) => {
                     let _ = is_ready.send(Err(err));

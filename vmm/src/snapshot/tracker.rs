@@ -30,7 +30,7 @@ pub struct Host {
     /// `/dev/userfaultfd`; none: no barrier.
     pub userfault: Option<OwnedFd>,
     /// The memory file of the snapshot that the machine was restored from.
-    pub memory: Option<File>,
+    pub memory: Option<Arc<File>>,
 }
 
 /// What became of the memory that was not copied before the instant.
