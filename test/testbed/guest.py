@@ -30,8 +30,8 @@ _DISK_MIB = 64
 _CLUSTER = 64 * 1024
 
 #: Applets that the guest's init calls by name.
-_APPLETS = ("cat", "cttyhack", "date", "dd", "dmesg", "echo", "free", "grep", "head", "ls", "mount", "nproc",
-            "poweroff", "ps", "reboot", "sed", "seq", "setsid", "sh", "sleep", "stty", "sync", "tail", "uname",
+_APPLETS = ("cat", "cttyhack", "date", "dd", "dmesg", "echo", "free", "grep", "head", "ls", "md5sum", "mount", "nproc",
+            "od", "poweroff", "ps", "reboot", "sed", "seq", "setsid", "sh", "sleep", "stty", "sync", "tail", "tr", "uname",
             "usleep", "wc")
 
 

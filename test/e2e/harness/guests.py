@@ -61,6 +61,7 @@ STOCK = {
     "cpus": Kind("poweroff", ready="ovms-guest: cpus"),
     "memory": Kind("poweroff", ready="ovms-guest: memory"),
     "fill": Kind("memory", ready="filling memory"),
+    "tally": Kind("tally", ready="ovms-guest: tally 2 "),
 }
 
 

@@ -1,0 +1,72 @@
+"""RAM snapshots of an unmodified Debian."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+from e2e.harness import process
+from e2e.harness.bed import Bed
+from e2e.harness.case import CaseFailed, case, check, contains
+
+#: A line of the guest: count, random number, seconds since 1970.
+_LINE = re.compile(r"ovms-guest: tally (\d+) random ([0-9a-f]{16}) clock (\d+) \.")
+_MEMORY = ("--memory-limit", str(192 << 20))
+
+
+def _lines(console: Path) -> list[tuple[int, str, int]]:
+    text = console.read_text(encoding="utf-8", errors="replace") if console.exists() else ""
+    return [(int(count), random, int(clock)) for count, random, clock in _LINE.findall(text)]
+
+
+def _fresh(bed: Bed) -> Bed:
+    """Another containerd and snapshotter, as on another host."""
+    other = Bed(bed.release, bed.guests, bed.patience, str(bed.dir))
+
+    def close() -> None:
+        if wrong := other.close():
+            raise CaseFailed("; ".join(wrong))
+
+    bed.later(close)
+    return other
+
+
+def _end(bed: Bed, name: str, console: Path) -> None:
+    bed.containerd.ctr("task", "kill", "-s", "SIGTERM", name)
+    process.until(f"{name} has ended", lambda: bed.containerd.tasks().get(name) == "STOPPED", bed.patience * 3)
+    contains(console.read_text(encoding="utf-8", errors="replace"), "files are good, ext4 errors 0", f"the console of {name}")
+    bed.containerd.delete_task(name)
+
+
+@case(guests=("stock",), containerds=("containerd-2.4",), seconds=300)
+def clones_of_a_busy_debian(bed: Bed) -> None:
+    """Snapshotted under disk load, pushed, pulled by a fresh containerd and run three times: one count, clean file systems,
+    right clocks, different random numbers, bases as they were."""
+    base = bed.registry.push(bed.guests.layout("tally"), "debian:1", "--preserve-digests")
+    bed.containerd.ctr("images", "pull", "--plain-http", "--snapshotter", "ovms", base)
+    origin = bed.detached("tally", "origin", *_MEMORY, image=base)
+    ref = bed.registry.ref("debian:ram")
+    before = _lines(origin)[-1][0]
+
+    bed.ovms.ovm("snapshot", f"{bed.namespace}/origin", "-t", ref, timeout=bed.patience * 4)
+
+    seen = len(_lines(origin))
+    process.until("the origin goes on", lambda: len(_lines(origin)) > seen, bed.patience)
+    _end(bed, "origin", origin)
+    other = _fresh(bed)
+    other.containerd.ctr("images", "pull", "--plain-http", "--snapshotter", "ovms", ref, timeout=bed.patience * 4)
+    hashes = other.hashes()
+    firsts = []
+    for name in ("one", "two", "three"):
+        console = other.dir / f"{name}.console"
+        other.vm(ref, name, "-d", "--log-uri", f"file://{console}")
+        process.until(f"{name} counts", lambda console=console: len(_lines(console)) > 1, bed.patience * 2)
+        now = time.time()
+        firsts.append(_lines(console)[0])
+        check(abs(_lines(console)[-1][2] - now) < 5, f"the clock of {name} is at {_lines(console)[-1][2]}, the host's at {now:.0f}")
+        _end(other, name, console)
+    check(len({count for count, _, _ in firsts}) == 1 and firsts[0][0] > before, f"the origin was at {before}, the clones at {firsts}")
+    check(len({random for _, random, _ in firsts}) == 3, f"clones drew the same random numbers: {firsts}")
+    changed = [name for name, value in hashes.items() if other.hashes().get(name) != value]
+    check(hashes and not changed, f"these files of the image changed: {changed}")
