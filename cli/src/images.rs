@@ -29,8 +29,7 @@ pub fn store_dir(settings: &Settings) -> PathBuf {
 /// Finds an image by what a user types: the path of a layout (and a tag in it), else a name or digest in the store.
 pub fn find(settings: &Settings, text: &str, tag: Option<&str>) -> Result<Found, CliError> {
     let path = Path::new(text);
-    let is_path = ["/", "./", "../"].iter().any(|begin| text.starts_with(begin)) || path.exists();
-    if is_path || tag.is_some() {
+    if is_path(text) || tag.is_some() {
         let layout = Layout::open(path)?;
         let image = layout.select(tag)?;
         return Ok(Found { layout, image });
@@ -38,6 +37,12 @@ pub fn find(settings: &Settings, text: &str, tag: Option<&str>) -> Result<Found,
     let store = Store::existing(&store_dir(settings), text)?;
     let image = store.find(text)?;
     Ok(Found { layout: store.layout()?, image })
+}
+
+/// Whether a text means a file or a directory: there is one, or it looks like one.
+pub fn is_path(text: &str) -> bool {
+    let begins = ["/", "./", "../"].iter().any(|begin| text.starts_with(begin));
+    begins || [".json", ".tar"].iter().any(|end| text.ends_with(end)) || Path::new(text).exists()
 }
 
 /// Spells out a name that an image is to get; a digest may stand in the tag's place.

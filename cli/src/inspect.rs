@@ -36,8 +36,7 @@ pub struct Args {
 /// Prints what it is.
 pub fn run(args: &Args) -> Result<(), CliError> {
     let path = Path::new(&args.what);
-    let is_path = path.exists() || args.tag.is_some() || ["/", "./", "../"].iter().any(|b| args.what.starts_with(b));
-    let shown = if is_path {
+    let shown = if images::is_path(&args.what) || args.tag.is_some() {
         match open(path)? {
             Input::Manifest(manifest) if args.json => document(&json!({ "manifest": manifest }))?,
             Input::Manifest(manifest) => manifest_text(&manifest),
@@ -47,11 +46,15 @@ pub fn run(args: &Args) -> Result<(), CliError> {
         let settings = Settings::load().map_err(CliError::invalid)?;
         match machines::find(&settings, &args.what) {
             Ok(machine) => self::machine(args, &machine)?,
-            Err(nobody) => match images::find(&settings, &args.what, None) {
+            Err(_) => match images::find(&settings, &args.what, None) {
                 Ok(found) => image(args, &found.layout, &found.image)?,
-                // A name without a tag is rather meant as a machine's.
-                Err(_) if !args.what.contains([':', '@']) => return Err(nobody),
-                Err(err) => return Err(err),
+                Err(err) if args.what.contains([':', '@']) => return Err(err),
+                Err(_) => {
+                    let what = &args.what;
+                    return Err(CliError::not_found(format!(
+                        "{what} is no machine, no image of the store and no file"
+                    )));
+                }
             },
         }
     };

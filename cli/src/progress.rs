@@ -5,6 +5,7 @@ use std::sync::Mutex;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use ovms_artifact::layout::Progress;
+use ovms_bundle::unpack::Step;
 
 use crate::text;
 
@@ -19,6 +20,26 @@ impl Steps {
     /// Shows steps on stderr, or nothing.
     pub fn new(quiet: bool) -> Self {
         Self { bar: Mutex::new(None), tty: std::io::stderr().is_terminal(), quiet }
+    }
+
+    /// Shows the steps of an unpacking, which tells of each as often as it gets on.
+    pub fn following<T>(&self, unpack: impl FnOnce(&mut dyn FnMut(Step)) -> T) -> T {
+        let mut shown: Option<(String, u64)> = None;
+        let unpacked = unpack(&mut |Step { what, done, total }| {
+            let mut from = 0;
+            match shown.take() {
+                Some((name, before)) if name == what => from = before,
+                Some(_) => {
+                    self.end();
+                    self.begin(&what, total);
+                }
+                None => self.begin(&what, total),
+            }
+            self.advance(done.saturating_sub(from));
+            shown = Some((what, done));
+        });
+        self.end();
+        unpacked
     }
 
     fn with_bar(&self, act: impl FnOnce(&mut Option<ProgressBar>)) {

@@ -1,4 +1,7 @@
 //! `ovm validate`: judges a manifest, or reads every byte of an image in an OCI layout.
+//!
+//! Disk layers and RAM are unpacked as a start would do it, by the sandboxed worker and into a directory that is removed
+//! afterwards: what is parsed here as root is JSON, and the one-file tar of a descriptor.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,6 +10,10 @@ use clap::Parser;
 use ovms_artifact::image::Blob;
 use ovms_artifact::layout::{Layout, Loaded};
 use ovms_artifact::manifest::{Manifest, ManifestError, MAX_MANIFEST};
+use ovms_artifact::oci::Descriptor;
+use ovms_bundle::unpack::{Cache, Options};
+use ovms_bundle::worker::Launcher;
+use ovms_config::Settings;
 
 use crate::error::CliError;
 use crate::progress::Steps;
@@ -14,6 +21,9 @@ use crate::text;
 
 /// What `ovm validate` takes.
 #[derive(Parser)]
+#[command(
+    after_help = "The image is unpacked into a directory below TMPDIR, which needs room for its disk and memory."
+)]
 pub struct Args {
     /// A manifest (.json), an OCI layout directory, or a tar of one
     path: PathBuf,
@@ -54,14 +64,32 @@ pub fn run(args: &Args) -> Result<(), CliError> {
     let found = match open(&args.path)? {
         Input::Manifest(manifest) => manifest_text(&args.path, &manifest),
         Input::Layout(layout) => {
-            let image = layout.verify(args.tag.as_deref(), &Steps::new(args.quiet))?;
-            image_text(&args.path, &image)
+            let steps = Steps::new(args.quiet);
+            let image = layout.select(args.tag.as_deref())?;
+            let loaded = layout.verify_but_disks(&image, &steps)?;
+            unpack(&layout, &image, &steps)?;
+            image_text(&args.path, &loaded)
         }
     };
     if args.quiet {
         return Ok(());
     }
     text::print(&found)
+}
+
+/// Has the worker parse everything that a machine would be given.
+fn unpack(layout: &Layout, image: &Descriptor, steps: &Steps) -> Result<(), CliError> {
+    let settings = Settings::load().map_err(CliError::invalid)?;
+    let options = Options {
+        launcher: Launcher::new(),
+        limits: (&settings.limits).into(),
+        max_boot_file: settings.limits.boot_file,
+        max_ram: Some(settings.ram.max_memory),
+    };
+    let dir = tempfile::Builder::new().prefix("ovm-validate-").tempdir().map_err(CliError::io)?;
+    let cache = Cache::open(&dir.path().join("cache"), options)?;
+    steps.following(|tell| cache.unpack(layout, image, tell))?;
+    Ok(())
 }
 
 fn manifest_text(path: &Path, manifest: &Manifest) -> String {

@@ -164,6 +164,9 @@ fn missing_files_return_66() {
     refused(&parts, &build, 66, "nowhere cannot be read: No such file");
     refused(&parts, &["validate", "nowhere"], 66, "nowhere cannot be read");
     refused(&parts, &["inspect", "nowhere.json"], 66, "nowhere.json cannot be read");
+    refused(&parts, &["inspect", "nowhere"], 66, "nowhere is no machine, no image of the store and no file");
+    refused(&parts, &["inspect", "nowhere:1"], 66, "the store has no image \"nowhere:1\"");
+    refused(&parts, &["snapshot", "nowhere", "-t", "x:1"], 66, "there is no machine nowhere: ovm ps lists them");
     refused(&parts, &["build", "-f", "nowhere.json", "-o", "out"], 66, "nowhere.json cannot be read");
 }
 
@@ -237,4 +240,28 @@ fn inspect_into_a_closed_pipe_is_no_error() {
     let mut command = Command::new(env!("CARGO_BIN_EXE_ovm"));
     let said = command.args(["inspect", "layout"]).current_dir(parts.path("")).stdout(writer).output().unwrap();
     assert!(said.status.success() && said.stderr.is_empty(), "{said:?}");
+}
+
+#[test]
+fn validate_unpacks_disks_and_ram_as_a_start_would() {
+    let parts = Parts::new();
+    // A header that holds, and behind it a table that leads far out of the file.
+    let mut disk = vec![0; 0x20000];
+    disk[..8].copy_from_slice(b"QFI\xfb\0\0\0\x03");
+    (disk[23], disk[99], disk[103]) = (16, 4, 104);
+    disk[24..32].copy_from_slice(&0x10_0000_u64.to_be_bytes());
+    disk[36..40].copy_from_slice(&1_u32.to_be_bytes());
+    disk[40..48].copy_from_slice(&0x1_0000_u64.to_be_bytes());
+    disk[0x1_0000..0x1_0008].copy_from_slice(&(1_u64 << 40 | 1 << 63).to_be_bytes());
+    parts.write("bad.qcow2", &disk);
+    parts.write("bad.lz4", b"no RAM snapshot at all");
+    let build = |out: &str, more: &[&str]| {
+        let base = ["build", "-q", "--name", "a", "--version", "1", "--kernel", "vmlinuz", "-o", out];
+        parts.ovm_ok(&[&base[..], more].concat());
+    };
+    build("disk", &["--disk", "bad.qcow2"]);
+    build("ram", &["--disk", "base.qcow2", "--ram", "bad.lz4"]);
+
+    refused(&parts, &["validate", "-q", "disk"], 65, "layer sha256:");
+    refused(&parts, &["validate", "-q", "ram"], 65, "RAM");
 }

@@ -24,8 +24,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use clap::{Parser, ValueEnum};
 use ovms_artifact::digest::Digest;
-use ovms_artifact::layout::Progress as _;
-use ovms_bundle::unpack::{instantiate, Cache, Held, Options, Step};
+use ovms_bundle::unpack::{instantiate, Cache, Held, Options};
 use ovms_bundle::worker::Launcher;
 use ovms_bundle::Record;
 use ovms_config::settings::RamPolicy;
@@ -300,7 +299,6 @@ fn attend<R>(
     let stop_timeout = Duration::from_secs(settings.vm.stop_timeout_seconds.into());
     let (tell, heard) = mpsc::channel();
     let result = (|| {
-        signals.watch(stopper(&tell)).map_err(CliError::io)?;
         let ended = tell.clone();
         machine.subscribe(move |event| {
             if let MachineEvent::Exited(exit) = event {
@@ -316,6 +314,8 @@ fn attend<R>(
             Err(err) => return Err(err.into()),
         }
         started();
+        // Those that came until now were held back.
+        signals.watch(stopper(&tell)).map_err(CliError::io)?;
         // What killed runs have left, now that the guest does not wait for it.
         Engine::new(settings.clone()).sweep(NAMESPACE);
         instance::sweep(&settings.paths.state);
@@ -391,22 +391,7 @@ fn report(exit: &ExitInfo) -> ExitCode {
 
 fn unpack(cache: &Cache, found: &Found, quiet: bool) -> Result<Record, CliError> {
     let steps = Steps::new(quiet || !io::stderr().is_terminal());
-    let mut shown: Option<(String, u64)> = None;
-    let template = cache.unpack(&found.layout, &found.image, &mut |Step { what, done, total }| {
-        let (name, before) = shown.take().unwrap_or_default();
-        let mut from = before;
-        if name != what {
-            if !name.is_empty() {
-                steps.end();
-            }
-            steps.begin(&what, total);
-            from = 0;
-        }
-        steps.advance(done.saturating_sub(from));
-        shown = Some((what, done));
-    });
-    steps.end();
-    Ok(template?)
+    Ok(steps.following(|tell| cache.unpack(&found.layout, &found.image, tell))?)
 }
 
 fn start_log() {

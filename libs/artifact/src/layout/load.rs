@@ -77,12 +77,7 @@ impl Layout {
     /// [`LayoutError`] naming the blob.
     pub fn verify(&self, tag: Option<&str>, progress: &dyn Progress) -> Result<Loaded, LayoutError> {
         let (image, config, mut parts) = self.parts(&self.select(tag)?)?;
-        for blob in parts.plain_blobs() {
-            let mut reader = Advancing { inner: self.blob(&blob.digest, blob.size)?, progress };
-            progress.begin(&blob.digest.to_string(), blob.size);
-            io::copy(&mut reader, &mut io::sink()).map_err(|e| self.read_error(e))?;
-            progress.end();
-        }
+        self.verify_plain(&parts, progress)?;
         let mut found = None;
         for layer in &mut parts.layers {
             // A layer above may hold a descriptor of its own, which then wins.
@@ -91,6 +86,31 @@ impl Layout {
             }
         }
         self.finish(image, config, parts, found)
+    }
+
+    /// [`Layout::load_image`], and every blob read to its end but the disk's layers, which are for a sandbox to parse.
+    ///
+    /// # Errors
+    /// [`LayoutError`] naming the blob.
+    pub fn verify_but_disks(&self, image: &oci::Descriptor, progress: &dyn Progress) -> Result<Loaded, LayoutError> {
+        let mut loaded = self.load_image(image)?;
+        self.verify_plain(&loaded.parts, progress)?;
+        let disks = &loaded.resolved.disks;
+        let is_disk = |layer: &image::Layer| disks.iter().any(|disk| disk.layer.blob.digest == layer.blob.digest);
+        for layer in loaded.parts.layers.iter_mut().filter(|layer| !is_disk(layer)) {
+            self.read_layer(layer, progress)?;
+        }
+        Ok(loaded)
+    }
+
+    fn verify_plain(&self, parts: &Parts, progress: &dyn Progress) -> Result<(), LayoutError> {
+        for blob in parts.plain_blobs() {
+            let mut reader = Advancing { inner: self.blob(&blob.digest, blob.size)?, progress };
+            progress.begin(&blob.digest.to_string(), blob.size);
+            io::copy(&mut reader, &mut io::sink()).map_err(|e| self.read_error(e))?;
+            progress.end();
+        }
+        Ok(())
     }
 
     /// Reads an image's OCI manifest and config.
