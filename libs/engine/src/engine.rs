@@ -1,6 +1,5 @@
 //! The engine: makes machines, and cleans up after those whose engine died.
 
-use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -77,30 +76,25 @@ impl Engine {
         let since = |at: Instant| micros(at.saturating_duration_since(began));
         let mut timeline: Vec<_> = spec.passed.drain(..).map(|(step, at)| (step, since(at))).collect();
         let place = Cgroup::find(&cgroup_path)?;
-        let mut born = BornGuard(None);
+        let mut record = new_record(&spec, &place);
+        slot.get()?.write(&record)?;
+        place.create()?;
+        let cgroup = CgroupGuard(Some(place));
+        timeline.push(("cgroup".to_owned(), micros(began.elapsed())));
         // Its program starts while we open its files.
-        if !place.is_birthplace() {
-            born.spawn(&vmm, &spec, &place)?;
-            timeline.push((SPAWNED.to_owned(), micros(began.elapsed())));
-        }
+        let born = BornGuard(Some(spawn(&vmm, &spec, cgroup.get()?)?));
+        timeline.push((SPAWNED.to_owned(), micros(began.elapsed())));
         let mut packet = Packet::open(&mut spec, &self.settings)?;
         timeline.push(("files".to_owned(), micros(began.elapsed())));
         let uid = UidLease::take(&self.settings.paths.runtime, &self.settings.jail)?;
         (packet.config.jail.uid, packet.config.jail.gid) = (uid.uid(), uid.uid());
         let bounds = bounds(&spec, &packet, self.settings.vm.overhead);
-        place.create(&bounds)?;
-        let cgroup = CgroupGuard(Some(place));
-        timeline.push(("cgroup".to_owned(), micros(began.elapsed())));
-        let mut record = new_record(&spec, &packet, &cgroup, &uid);
-        record.process = born.0.as_ref().map(|born| born.process.id());
-        slot.get()?.write(&record)?;
+        cgroup.get()?.apply(&bounds)?;
+        timeline.push(("limits".to_owned(), micros(began.elapsed())));
         let server = Server::listen(&record::socket(self.runtime(), &spec.namespace, &spec.id))?;
-        if cgroup.get()?.is_birthplace() {
-            born.spawn(&vmm, &spec, cgroup.get()?)?;
-            timeline.push((SPAWNED.to_owned(), micros(began.elapsed())));
-        }
         let born = born.take()?;
-        let known = record.process.replace(born.process.id()).is_some();
+        (record.process, record.uid, record.tops) = (Some(born.process.id()), Some(uid.uid()), packet.tops.clone());
+        (record.vcpus, record.memory) = (packet.size.vcpus, packet.size.memory);
         let mut parts = Parts {
             process: born.process,
             channel: born.channel,
@@ -120,7 +114,7 @@ impl Engine {
             .remains
             .uid
             .assign(parts.process.id())
-            .and_then(|()| if known { Ok(()) } else { parts.remains.slot.write(&parts.remains.record) })
+            .and_then(|()| parts.remains.slot.write(&parts.remains.record))
             .inspect_err(|_| abandon(&parts))?;
         let oom = parts.cgroup.watch_oom();
         let inner = Arc::new(Inner::new(parts));
@@ -234,14 +228,13 @@ fn spawn(vmm: &Path, spec: &CreateSpec, cgroup: &Cgroup) -> Result<Born> {
     let (channel, theirs) = Channel::pair().map_err(|err| internal("a control socket cannot be made").because(err))?;
     limit_sends(&channel)?;
     let (log, log_end) = log::pipe(&spec.id).map_err(Error::io("a pipe for the VMM's log cannot be made"))?;
-    let birthplace = cgroup.birthplace()?;
     let (process, report) = Process::spawn(Cradle {
         program: vmm,
         id: &spec.id,
         control: theirs.into(),
         log: log_end,
         joins_netns: spec.netns.is_some(),
-        cgroup: birthplace.as_ref().map(AsFd::as_fd),
+        birthplace: &cgroup.birthplace()?,
     })?;
     Ok(Born { process, channel, log, report })
 }
@@ -252,8 +245,6 @@ fn build(inner: &Inner, packet: Packet, report: Report, vmm: &Path, oom_score_ad
     // The VMM has its own copies now: the lock on the disk and the ends of the console live and die with them.
     drop(packet);
     inner.step("configuration sent");
-    inner.cgroup.join(inner.process.id().pid)?;
-    inner.step("in its cgroup");
     report.read(vmm)?;
     if let Some(adjustment) = oom_score_adj {
         adjust_oom_score(inner, adjustment);
@@ -303,18 +294,19 @@ fn bounds(spec: &CreateSpec, packet: &Packet, overhead: u64) -> Bounds {
     }
 }
 
-fn new_record(spec: &CreateSpec, packet: &Packet, cgroup: &CgroupGuard, uid: &UidLease) -> Record {
+/// The record of a machine that has a name and will have a cgroup: what is found if its engine dies now.
+fn new_record(spec: &CreateSpec, cgroup: &Cgroup) -> Record {
     Record {
         id: spec.id.clone(),
         namespace: spec.namespace.clone(),
         state: State::Creating,
         created: SystemTime::now(),
         process: None,
-        cgroup: cgroup.0.as_ref().map(Cgroup::dirs).unwrap_or_default(),
-        uid: Some(uid.uid()),
-        tops: packet.tops.clone(),
-        vcpus: packet.size.vcpus,
-        memory: packet.size.memory,
+        cgroup: cgroup.dirs(),
+        uid: None,
+        tops: Vec::new(),
+        vcpus: 0,
+        memory: 0,
         timeline: Vec::new(),
         exit: None,
     }
@@ -358,11 +350,6 @@ impl Drop for SlotGuard {
 struct BornGuard(Option<Born>);
 
 impl BornGuard {
-    fn spawn(&mut self, vmm: &Path, spec: &CreateSpec, cgroup: &Cgroup) -> Result<()> {
-        self.0 = Some(spawn(vmm, spec, cgroup)?);
-        Ok(())
-    }
-
     fn take(mut self) -> Result<Born> {
         self.0.take().ok_or_else(taken)
     }

@@ -17,6 +17,7 @@ use nix::sys::wait::{waitid, Id, WaitPidFlag, WaitStatus};
 use ovms_config::paths::VMM_BINARY;
 use ovms_config::Settings;
 
+use crate::cgroup::Birthplace;
 use crate::error::{Error, Kind, Result};
 use crate::record::ProcessId;
 use crate::sys;
@@ -60,8 +61,8 @@ pub(crate) struct Cradle<'a> {
     pub(crate) log: OwnedFd,
     /// It joins a network namespace later; else it is born in an empty one.
     pub(crate) joins_netns: bool,
-    /// cgroup v2 directory.
-    pub(crate) cgroup: Option<BorrowedFd<'a>>,
+    /// Its cgroup.
+    pub(crate) birthplace: &'a Birthplace,
 }
 
 /// A VMM process that has not been reaped.
@@ -81,8 +82,14 @@ impl Report {
         match self.0.read_exact(&mut errno) {
             Err(err) if err.kind() == io::ErrorKind::UnexpectedEof => Ok(()),
             Err(err) => Err(Error::io("the VMM's start cannot be watched")(err)),
-            Ok(()) => Err(Error::new(Kind::Unavailable, format!("the VMM {} cannot be executed", program.display()))
-                .because(io::Error::from_raw_os_error(i32::from_ne_bytes(errno)))),
+            Ok(()) => {
+                let errno = i32::from_ne_bytes(errno);
+                let (kind, message) = match errno {
+                    ..0 => (Kind::Internal, "the VMM cannot join its cgroup".to_owned()),
+                    _ => (Kind::Unavailable, format!("the VMM {} cannot be executed", program.display())),
+                };
+                Err(Error::new(kind, message).because(io::Error::from_raw_os_error(errno.saturating_abs())))
+            }
         }
     }
 }
@@ -112,7 +119,8 @@ impl Process {
             control: control.as_fd(),
             report: report_end.as_fd(),
             namespaces,
-            cgroup: cradle.cgroup,
+            cgroup: cradle.birthplace.dir.as_ref().map(AsFd::as_fd),
+            tasks: &cradle.birthplace.tasks,
         };
         let (pid, pidfd) = sys::spawn(&birth).map_err(|err| match err.kind() {
             io::ErrorKind::PermissionDenied => {
@@ -275,7 +283,7 @@ mod tests {
             control: null(),
             log: null(),
             joins_netns: false,
-            cgroup: Some(open.as_fd()),
+            birthplace: &Birthplace { dir: Some(open.into()), tasks: Vec::new() },
         })
         .unwrap();
         report.read(&program).unwrap();

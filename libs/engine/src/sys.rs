@@ -50,12 +50,15 @@ pub(crate) struct Birth<'a> {
     pub(crate) log: BorrowedFd<'a>,
     /// Becomes 3.
     pub(crate) control: BorrowedFd<'a>,
-    /// Takes the number of the error (4 bytes) if the program cannot be executed.
+    /// Takes the number of the error (4 bytes) if the program cannot be executed, or its negative if the child cannot
+    /// join its cgroups.
     pub(crate) report: BorrowedFd<'a>,
     /// `CLONE_NEW*` flags.
     pub(crate) namespaces: c_int,
     /// cgroup v2 directory that the child is born in.
     pub(crate) cgroup: Option<BorrowedFd<'a>>,
+    /// `tasks` files of cgroups v1 into which the child writes itself.
+    pub(crate) tasks: &'a [OwnedFd],
 }
 
 /// Makes a child in its own namespaces and cgroup that executes the program; returns its pid and its pidfd.
@@ -93,6 +96,14 @@ unsafe fn child(birth: &Birth<'_>) -> ! {
     // SAFETY: the arrays in `birth` end in null pointers and its strings in zeroes (the caller built them from
     // CStrings); every call here is async-signal-safe.
     unsafe {
+        for tasks in birth.tasks {
+            // "0" is whoever writes it.
+            if libc::write(tasks.as_raw_fd(), c"0".as_ptr().cast(), 1) != 1 {
+                let errno: c_int = -*libc::__errno_location();
+                libc::write(birth.report.as_raw_fd(), (&raw const errno).cast(), size_of::<c_int>());
+                libc::_exit(127)
+            }
+        }
         libc::setsid();
         let moved = libc::dup2(birth.null.as_raw_fd(), 0) >= 0
             && libc::dup2(birth.null.as_raw_fd(), 1) >= 0

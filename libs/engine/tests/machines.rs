@@ -23,7 +23,7 @@ fn a_guest_that_powers_off_gives_its_output_status_0_and_leaves_nothing() {
     let record = host.engine.load("engine-test", machine.id()).unwrap();
     assert_eq!((record.state, record.exit.as_ref()), (State::Stopped, Some(&exit)));
     let steps: Vec<_> = machine.timeline().into_iter().map(|(step, _)| step).collect();
-    for step in ["files", "cgroup", "spawned", "vmm jail", "in its cgroup", "configured", "start", "vmm first exit"] {
+    for step in ["files", "cgroup", "spawned", "limits", "vmm jail", "configured", "start", "vmm first exit"] {
         assert!(steps.iter().any(|known| known == step), "{step} is not in {steps:?}");
     }
     machine.delete().unwrap();

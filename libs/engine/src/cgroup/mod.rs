@@ -36,6 +36,16 @@ pub(crate) enum Cgroup {
     None,
 }
 
+/// Where a process is born.
+#[derive(Debug, Default)]
+pub(crate) struct Birthplace {
+    /// Version 2: the directory that the kernel makes it in.
+    pub(crate) dir: Option<OwnedFd>,
+    /// Version 1: the `tasks` file of each hierarchy, into which the newborn writes itself. A process that moves its one
+    /// thread itself waits for nobody (since Linux 5.4); whoever moves another's waits for an RCU grace period, 7 to 14 ms.
+    pub(crate) tasks: Vec<OwnedFd>,
+}
+
 /// What a cgroup should hold a machine to: the spec's limits with the memory limit settled.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Bounds {
@@ -61,19 +71,14 @@ impl Cgroup {
         })
     }
 
-    /// Makes its directories and sets limits.
-    pub(crate) fn create(&self, bounds: &Bounds) -> Result<()> {
+    /// Makes its directories.
+    pub(crate) fn create(&self) -> Result<()> {
         let made = match self {
-            Self::V1(v1) => v1.create(bounds),
+            Self::V1(v1) => v1.create(),
             Self::V2(v2) => v2.create(),
             Self::None => Ok(()),
         };
-        made.and_then(|()| self.apply(bounds)).inspect_err(|_| remove(&self.dirs()))
-    }
-
-    /// Whether a process can be born in it, and so must be born after it.
-    pub(crate) fn is_birthplace(&self) -> bool {
-        matches!(self, Self::V2(_))
+        made.inspect_err(|_| remove(&self.dirs()))
     }
 
     /// Sets limits.
@@ -85,20 +90,13 @@ impl Cgroup {
         }
     }
 
-    /// The directory to be born in, where the kernel can do that.
-    pub(crate) fn birthplace(&self) -> Result<Option<OwnedFd>> {
-        match self {
-            Self::V2(v2) => v2.open().map(Some),
-            _ => Ok(None),
-        }
-    }
-
-    /// Moves a process in. On version 1 the first of the moves waits for an RCU grace period (7 to 14 ms).
-    pub(crate) fn join(&self, pid: u32) -> Result<()> {
-        match self {
-            Self::V1(v1) => v1.join(pid),
-            _ => Ok(()),
-        }
+    /// What a process needs to be in it before its program begins.
+    pub(crate) fn birthplace(&self) -> Result<Birthplace> {
+        Ok(match self {
+            Self::V1(v1) => Birthplace { dir: None, tasks: v1.tasks()? },
+            Self::V2(v2) => Birthplace { dir: Some(v2.open()?), tasks: Vec::new() },
+            Self::None => Birthplace::default(),
+        })
     }
 
     /// Starts watching for OOM kills; `None` where the host cannot tell.

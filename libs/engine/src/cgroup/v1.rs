@@ -1,8 +1,7 @@
 //! cgroup version 1: one hierarchy for each controller (the kernel's Documentation/admin-guide/cgroup-v1).
 
 use std::fs::{self, File};
-use std::os::fd::AsFd;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -53,7 +52,7 @@ impl V1 {
     }
 
     /// Makes the directory in every hierarchy, so that the VMM is in none of the caller's.
-    pub(super) fn create(&self, _bounds: &Bounds) -> Result<()> {
+    pub(super) fn create(&self) -> Result<()> {
         for hierarchy in &self.hierarchies {
             files::make_dir(&hierarchy.dir)?;
         }
@@ -63,17 +62,12 @@ impl V1 {
         }
     }
 
-    pub(super) fn join(&self, pid: u32) -> Result<()> {
-        for hierarchy in &self.hierarchies {
-            let path = hierarchy.dir.join("cgroup.procs");
-            match files::write(&path, &pid.to_string()) {
-                Ok(()) => (),
-                // It is gone; why is told by those who watch it.
-                Err(err) if err.raw_os_error() == Some(libc::ESRCH) => return Ok(()),
-                Err(err) => return Err(file_error("written", &path)(err)),
-            }
-        }
-        Ok(())
+    pub(super) fn tasks(&self) -> Result<Vec<OwnedFd>> {
+        let open = |hierarchy: &Hierarchy| {
+            let path = hierarchy.dir.join("tasks");
+            File::options().write(true).open(&path).map(OwnedFd::from).map_err(file_error("opened", &path))
+        };
+        self.hierarchies.iter().map(open).collect()
     }
 
     pub(super) fn apply(&self, bounds: &Bounds) -> Result<()> {
@@ -263,7 +257,7 @@ mod tests {
         let line = |name: &str| format!("1 1 0:1 / {}/{name} rw - cgroup cgroup rw,{name}\n", dir.display());
         let mountinfo = ["memory", "cpu", "cpuacct", "blkio", "pids"].map(line).concat();
         let v1 = V1::find(&mountinfo, Path::new("default/vm1")).unwrap();
-        v1.create(&Bounds::default()).unwrap();
+        v1.create().unwrap();
         v1
     }
 
