@@ -18,7 +18,7 @@ use ovms_snapshotter::proto::snapshots::{
 use tonic::transport::Channel;
 use tonic::Code;
 
-use common::{commit, prepare, record, settings, wait_for, walked_image, write_layer, Daemon};
+use common::{commit, kill_worker, names, prepare, record, settings, wait_for, walked_image, write_layer, Daemon};
 
 fn assert_machine(record: &ovms_bundle::Record) {
     let disk = record.disk.as_ref().unwrap();
@@ -95,6 +95,30 @@ async fn a_kill_at_any_moment_of_a_conversion_loses_nothing() {
         assert_machine(&record(daemon.resolve(&source).1));
         assert_eq!(fs::read_dir(dir.path().join("root/tmp")).unwrap().count(), 0, "after {delay} ms");
     }
+}
+
+#[tokio::test]
+async fn a_layer_worker_that_is_killed_leaves_nothing_and_the_next_attempt_works() {
+    let dir = tempfile::tempdir().unwrap();
+    let daemon = Daemon::start(dir.path());
+    let mut client = daemon.client().await;
+    let fs = prepare(&mut client, "default/1/extract", "").await;
+    write_layer(&fs, "base", 1);
+    // Long enough to be met at work.
+    let disk: Vec<u8> = (0..96_u32 << 18).flat_map(|word| (word ^ 0x5bd1_e995).to_le_bytes()).collect();
+    fs::write(Path::new(&fs).join("ovm/disk.raw"), disk).unwrap();
+    commit(&mut client, "default/2/base", "default/1/extract").await;
+
+    let killed = kill_worker(daemon.child.id(), || true);
+
+    let tmp = dir.path().join("root/tmp");
+    if killed {
+        wait_for("the end of the attempt", || names(&tmp).is_empty());
+        assert!(!dir.path().join("root/s/1/layer").exists());
+    }
+    let source = prepare(&mut client, "default/3/vm", "default/2/base").await;
+    assert_eq!(record(daemon.resolve(&source).1).disk.unwrap().virtual_size, 96 << 20);
+    assert!(names(&tmp).is_empty());
 }
 
 #[tokio::test]

@@ -2,6 +2,7 @@
 
 #![allow(dead_code, reason = "each test binary uses its part")]
 
+use std::cell::Cell;
 use std::fs;
 use std::io::BufReader;
 use std::os::unix::net::UnixStream;
@@ -170,4 +171,29 @@ pub fn record(last: FromSnapshotter) -> ovms_bundle::Record {
         FromSnapshotter::Resolved { bundle, args: None } => ovms_bundle::Record::load(&bundle).unwrap(),
         other => panic!("not resolved: {other:?}"),
     }
+}
+
+/// The names in a directory; none if it is not there.
+pub fn names(dir: &Path) -> Vec<String> {
+    let Ok(entries) = fs::read_dir(dir) else { return Vec::new() };
+    entries.map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned()).collect()
+}
+
+/// Kills the daemon's worker, once it has one and `at_work` holds; whether that was in time.
+pub fn kill_worker(daemon: u32, at_work: impl Fn() -> bool) -> bool {
+    let worker = Cell::new(None);
+    wait_for("the worker", || {
+        worker.set(at_work().then(|| worker_of(daemon)).flatten());
+        worker.get().is_some()
+    });
+    let worker = worker.take().unwrap().to_string();
+    Command::new("kill").args(["-9", &worker]).status().unwrap().success()
+}
+
+/// A child of a process, of whichever thread of it.
+fn worker_of(process: u32) -> Option<u32> {
+    let tasks = format!("/proc/{process}/task");
+    let of_thread = |thread: String| fs::read_to_string(format!("{tasks}/{thread}/children")).unwrap_or_default();
+    let all = names(Path::new(&tasks)).into_iter().map(of_thread).collect::<Vec<_>>().join(" ");
+    all.split_whitespace().next()?.parse().ok()
 }
