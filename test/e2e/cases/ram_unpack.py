@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from pathlib import Path
 
 from e2e.harness import process, tally
@@ -76,3 +78,40 @@ def killed_daemon_unpacks_again(bed: Bed) -> None:
     console = tally.start(bed, image, "vm")
     check(tally.first(console) >= before, f"it began at {tally.first(console)}")
     tally.end(bed, "vm", console)
+
+
+@case(guests=("native",), containerds=("containerd-2.4",))
+def on_tmpfs_and_locked(bed: Bed) -> None:
+    """`ovm snapshot --preload --mlock`: machines map a file on tmpfs, which the snapshotter keeps locked while one of them is there."""
+    shared = Path(tempfile.mkdtemp(prefix=bed.namespace, dir="/dev/shm"))
+    bed.later(lambda: shutil.rmtree(shared, ignore_errors=True))
+    bed.ovms.runtime.mkdir(exist_ok=True)
+    (bed.ovms.runtime / "ram").symlink_to(shared)
+    base = tally.pull(bed, bed.registry.push(bed.guests.layout("tally"), "tally:1", "--preserve-digests"))
+    console = tally.start(bed, base, "origin", *tally.SMALL)
+    before = tally.await_counts(bed, console)
+    ref = bed.registry.ref("ram:1")
+    tally.snapshot(bed, "origin", ref, "--preload", "--mlock")
+    tally.end(bed, "origin", console)
+    image = tally.pull(bed, ref)
+
+    console = tally.start(bed, image, "vm")
+
+    check(tally.first(console) >= before, f"it began at {tally.first(console)}")
+    copies = [path for path in shared.glob("*/*") if not path.name.startswith(".")]
+    check(len(copies) == 1, f"on tmpfs: {copies}")
+    vmms = [pid for pid, name in process.descendants().items() if "ovms-vmm" in name]
+    maps = "".join(Path(f"/proc/{pid}/maps").read_text(encoding="utf-8") for pid in vmms)
+    check(str(copies[0]) in maps, "the machine does not map the copy on tmpfs")
+    locked, data = _locked(bed), copies[0].stat().st_blocks * 512
+    check(locked >= data > 0, f"{locked} bytes are locked, the copy has {data}")
+    tally.end(bed, "vm", console)
+    process.until("nothing is locked", lambda: _locked(bed) == 0, bed.patience)
+    _gone(bed, *bed.image_names())
+
+
+def _locked(bed: Bed) -> int:
+    """Bytes that the snapshotter has locked."""
+    pids = [pid for pid, name in process.descendants().items() if "ovms-snapshotter" in name]
+    texts = [Path(f"/proc/{pid}/status").read_text(encoding="utf-8") for pid in pids]
+    return sum(int(line.split()[1]) << 10 for text in texts for line in text.splitlines() if line.startswith("VmLck:"))
