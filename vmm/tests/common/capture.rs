@@ -24,6 +24,8 @@ use super::{pipe, Setup};
 
 /// What is copied at once.
 const BLOCK: usize = 2 << 20;
+/// How long a guest may take to say something: one that boots on an emulated processor takes minutes.
+const PATIENCE: Duration = Duration::from_secs(300);
 
 /// A machine in this process.
 pub struct Inside {
@@ -68,7 +70,8 @@ impl Inside {
         match (start, &saved) {
             (StartConfig::Boot(boot), None) => {
                 let kernel = fds.take_file(boot.kernel).unwrap();
-                machine.boot(Payload { kernel, initrd: None, cmdline: boot.cmdline }, &mut timeline).unwrap();
+                let initrd = fds.take_optional(boot.initrd).unwrap().map(File::from);
+                machine.boot(Payload { kernel, initrd, cmdline: boot.cmdline }, &mut timeline).unwrap();
             }
             (_, Some(saved)) => machine.restore(saved, &mut timeline).unwrap(),
             other => panic!("{other:?}"),
@@ -83,7 +86,7 @@ impl Inside {
         let begin = Instant::now();
         let mut buffer = [0u8; 4096];
         while !self.said.contains(text) {
-            assert!(begin.elapsed() < Duration::from_secs(60), "no {text:?} in {:?}", self.said);
+            assert!(begin.elapsed() < PATIENCE, "no {text:?} in {:?}", self.said);
             let count = self.output.read(&mut buffer).unwrap();
             self.said.push_str(&String::from_utf8_lossy(&buffer[..count]));
         }

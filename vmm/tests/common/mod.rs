@@ -327,10 +327,15 @@ impl Vmm {
 
     /// Reads console output until it holds `text`; gives everything said so far.
     pub fn expect(&mut self, text: &str) -> String {
+        self.expect_within(text, PATIENCE)
+    }
+
+    /// As [`Vmm::expect`], with a patience of its own.
+    pub fn expect_within(&mut self, text: &str, patience: Duration) -> String {
         let begin = Instant::now();
         let mut buffer = [0u8; 4096];
         while !self.said.contains(text) {
-            assert!(begin.elapsed() < PATIENCE, "no {text:?} in {:?}", self.said);
+            assert!(begin.elapsed() < patience, "no {text:?} in {:?}", self.said);
             let mut poll = libc::pollfd { fd: self.output.as_raw_fd(), events: libc::POLLIN, revents: 0 };
             // SAFETY: one pollfd for as long as the call lasts.
             if unsafe { libc::poll(&mut poll, 1, 1000) } == 0 {
