@@ -70,6 +70,20 @@ def restore_live_with_its_disk(bed: Bed) -> None:
 
 
 @case(guests=("native",))
+def a_clone_is_checkpointed_whole(bed: Bed) -> None:
+    """A machine that was itself resumed is saved with all of its memory, and restored from that alone."""
+    image, _ = tally.image_with_ram(bed)
+    console = tally.start(bed, image, "vm")
+    before = tally.await_counts(bed, console)
+    bed.containerd.ctr("containers", "checkpoint", "--task", "vm", _IMAGE)
+    tally.end(bed, "vm", console)
+
+    _restore(bed, "one")
+
+    _goes_on(bed, "one", before)
+
+
+@case(guests=("native",))
 def task_checkpoint_makes_an_image(bed: Bed) -> None:
     """`ctr task checkpoint` stores an image, and the machine goes on."""
     console = _origin(bed)
