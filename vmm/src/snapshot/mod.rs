@@ -30,7 +30,6 @@ mod view;
 
 use std::fs::File;
 use std::io;
-use std::num::NonZero;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{mpsc, Arc};
 use std::thread::Builder;
@@ -221,7 +220,8 @@ impl Taking {
     }
 }
 
-/// One for each processor that this process may use, up to [`MAX_CREW`].
+/// One for each processor that this process may use but one, which is left to the guest, up to [`MAX_CREW`]. Every
+/// member is a thread that each start pays for.
 fn crew_size() -> usize {
-    std::thread::available_parallelism().map_or(1, NonZero::get).min(MAX_CREW)
+    std::thread::available_parallelism().map_or(1, |processors| processors.get() - 1).clamp(1, MAX_CREW)
 }
