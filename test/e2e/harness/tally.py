@@ -60,14 +60,6 @@ def end(bed: Bed, name: str, console: Path) -> None:
     bed.containerd.ctr("containers", "delete", name)
 
 
-def kill(bed: Bed, name: str) -> None:
-    """Ends a machine by force and removes it."""
-    bed.containerd.ctr("task", "kill", "-s", "SIGKILL", name)
-    bed.await_state(name, "STOPPED")
-    bed.containerd.delete_task(name, 137)
-    bed.containerd.ctr("containers", "delete", name)
-
-
 def snapshot(bed: Bed, name: str, ref: str, *flags: str, status: int | None = 0) -> process.Done:
     """`ovm snapshot` of a machine that containerd started; the reference's registry gets the image."""
     return bed.ovms.ovm("snapshot", f"{bed.namespace}/{name}", "-t", ref, *flags, status=status)
