@@ -13,7 +13,7 @@
 //!
 //! What is in the blob is the machine at the instant. What the guest writes before is copied again ([`log`]); what it
 //! writes afterwards waits until the old content is copied ([`barrier`]), or the old content was copied aside while it
-//! stood, or it stands a little longer ([`tracker::Held`]). ADR 0011 says why it is so.
+//! stood, or it stands a little longer ([`tracker::Held`]). ADR 0012 says why it is so.
 //!
 //! The taker and its crew are started with the machine, since the walls forbid threads later. They sleep otherwise.
 
