@@ -23,7 +23,8 @@ deps: ## Install the Debian packages and cargo tools that build and tests need (
 	@command -v cargo-deny >/dev/null || $(CARGO) install --locked --quiet cargo-deny
 
 build: ## Build the four programs into target/release
-	$(CARGO) build --release --locked
+	$(CARGO) build --release --locked --workspace --exclude ovms-vmm
+	$(CARGO) rustc --release --locked --package ovms-vmm --bin ovms-vmm -- -C target-feature=+crt-static
 
 install: build ## Install programs, settings, containerd snippet and systemd units below DESTDIR and PREFIX
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)/etc/ovms $(DESTDIR)/lib/systemd/system $(DESTDIR)$(PREFIX)/share/ovms
