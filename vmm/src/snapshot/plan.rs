@@ -31,8 +31,8 @@ pub(super) struct Limits {
 impl Limits {
     /// Writers are held back after the instant.
     pub(super) const BARRIER: Self = Self { enough: 128, rounds: 8, patience: 1 };
-    /// What is left is copied while the guest stands: 8 MiB take about 2 ms.
-    pub(super) const STANDING: Self = Self { enough: 128, rounds: 40, patience: 4 };
+    /// What is left is copied while the guest stands: 2 MiB take about 0.5 ms, and on a busy host several times that.
+    pub(super) const STANDING: Self = Self { enough: 32, rounds: 40, patience: 4 };
 }
 
 /// The rounds of one snapshot.
