@@ -12,6 +12,7 @@ from pathlib import Path
 from e2e.harness import process
 from e2e.harness.bed import Bed
 from e2e.harness.case import CaseFailed, CaseSkipped, case, check, contains
+from e2e.harness.cgroups import memory_group
 from e2e.harness.terminal import Session
 
 
@@ -277,7 +278,7 @@ def twenty_machines_at_once(bed: Bed) -> None:
 def an_oom_kill_is_told(bed: Bed) -> None:
     """When the cgroup's limit kills the VMM, containerd hears TaskOOM before TaskExit 137."""
     bed.detached("fill")
-    group = _memory_group(bed.containerd.task_pid("vm"))
+    group = memory_group(bed.containerd.task_pid("vm"))
     if not (group / "memory.max").exists():
         raise CaseSkipped("cgroup v1 does not take a limit below what is in use")
 
@@ -290,15 +291,6 @@ def an_oom_kill_is_told(bed: Bed) -> None:
     check(topics[:2] == ["oom", "exit"], f"the events were {topics}")
     bed.await_state("vm", "STOPPED")
     bed.containerd.delete_task("vm", 137)
-
-
-def _memory_group(pid: int) -> Path:
-    """The process's cgroup in the version 2 hierarchy."""
-    for line in Path(f"/proc/{pid}/cgroup").read_text(encoding="ascii").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            return Path("/sys/fs/cgroup") / path.strip("/")
-    raise CaseFailed(f"process {pid} is in no cgroup")
 
 
 @case(guests=("native",))

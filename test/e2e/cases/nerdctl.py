@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from e2e.harness import process
 from e2e.harness.bed import Bed
 from e2e.harness.case import case, check, contains
+from e2e.harness.cgroups import memory_group, memory_limit
 from e2e.harness.nerdctl import Nerdctl
 from e2e.harness.ovms import RUNTIME
 
@@ -47,3 +50,46 @@ def a_volume_is_refused_by_name(bed: Bed) -> None:
     done = Nerdctl(bed)("run", "--rm", "--net", "none", "-v", "/etc:/data:ro", "--runtime", RUNTIME, image, status=None)
 
     bed.refused(done, "/data")
+
+
+_MIB = 1 << 20
+
+
+@case(guests=("stock",))
+def update_takes_memory_and_gives_it_back(bed: Bed) -> None:
+    """`update -m` below what the guest has makes its balloon give memory up before the cgroup's limit falls."""
+    nerdctl, group = _running(bed, "-m", "256m")
+    overhead = memory_limit(group) - 256 * _MIB
+
+    nerdctl("update", "-m", "192m", "vm")
+    check(memory_limit(group) == 192 * _MIB + overhead, f"the limit is {memory_limit(group)}, {overhead} of it overhead")
+    nerdctl("update", "-m", "256m", "vm")
+    check(memory_limit(group) == 256 * _MIB + overhead, f"the limit is {memory_limit(group)} after the memory was given back")
+
+    nerdctl("stop", "vm")
+    nerdctl("rm", "vm")
+
+
+@case(guests=("native",))
+def update_without_a_balloon_is_refused(bed: Bed) -> None:
+    """A guest without a balloon driver keeps its memory, and the limit stays; other limits change."""
+    nerdctl, group = _running(bed, "-m", "64m")
+    before = memory_limit(group)
+
+    nerdctl("update", "-m", "256m", "vm")
+    check(memory_limit(group) == before + 192 * _MIB, f"the limit went from {before} to {memory_limit(group)}")
+    refused = nerdctl("update", "-m", "48m", "vm", status=None)
+
+    contains(refused.text, "balloon", "the refusal")
+    check(refused.status != 0 and memory_limit(group) == before + 192 * _MIB, f"the limit is {memory_limit(group)}")
+    nerdctl("stop", "vm")
+    nerdctl("rm", "vm")
+
+
+def _running(bed: Bed, *flags: str) -> tuple[Nerdctl, Path]:
+    """A machine that waits, and the directory of its memory cgroup."""
+    nerdctl = Nerdctl(bed)
+    image = bed.import_vm("wait")
+    nerdctl("run", "-d", "--net", "none", "--name", "vm", "--runtime", RUNTIME, *flags, image)
+    process.until("the log has the console", lambda: bed.guests.ready("wait") in nerdctl("logs", "vm").text, bed.patience)
+    return nerdctl, memory_group(int(nerdctl("inspect", "vm", "--format", "{{.State.Pid}}").out))
