@@ -59,7 +59,7 @@ def run_everywhere(where: str, pattern: str, inside: bool, path: Path) -> list[O
     outcomes: list[Outcome] = []
     for place in places.chosen(where):
         elsewhere = place == "nested" and not inside
-        for outcome in _run_nested(wanted, path) if elsewhere else _run_here(wanted, place):
+        for outcome in _run_nested(wanted) if elsewhere else _run_here(wanted, place):
             outcomes.append(outcome)
             # What runs elsewhere announces itself.
             if not elsewhere:
@@ -75,13 +75,12 @@ def _make_what_is_missing(where: str) -> None:
         programs(release)
     if usable:
         gotools.directory(gotools.ORAS)
-    if "native" in usable:
         gotools.directory(gotools.NERDCTL)
     if any(place != "native" for place in usable):
         guest.guest()
 
 
-def _run_nested(wanted: list[Case], path: Path) -> Iterator[Outcome]:
+def _run_nested(wanted: list[Case]) -> Iterator[Outcome]:
     reason = places.unusable("nested")
     relevant = [case for case in wanted if "stock" in case.guests]
     if reason:
@@ -95,7 +94,7 @@ def _run_nested(wanted: list[Case], path: Path) -> Iterator[Outcome]:
     before: dict[str, str] = {}
     for attempt in range(1, NESTED_ATTEMPTS + 1):
         again: dict[str, str] = {}
-        for outcome in _attempt_nested(relevant, path):
+        for outcome in _attempt_nested(relevant):
             if outcome.result == "failed" and outcome.reason.startswith(emulator.MARK) and attempt < NESTED_ATTEMPTS:
                 again[outcome.case] = outcome.reason
             elif outcome.case in before:
@@ -109,10 +108,11 @@ def _run_nested(wanted: list[Case], path: Path) -> Iterator[Outcome]:
         print(f"nested: the emulator broke {len(relevant)} cases, trying these on a fresh host", flush=True)
 
 
-def _attempt_nested(relevant: list[Case], path: Path) -> list[Outcome]:
+def _attempt_nested(relevant: list[Case]) -> list[Outcome]:
     """One run of these cases in the nested host; whatever it does not come to has failed."""
     host = nestedhost.NestedHost.default()
-    inner = path.resolve().with_name("report-nested.json")
+    # The nested host shares the checkout, and nothing else of this one's files, with this one.
+    inner = report.DIRECTORY / "report-nested.json"
     inner.unlink(missing_ok=True)
     # No case is silent for longer than its time limit.
     silence = 2 * max(case.seconds for case in relevant) * SLOWNESS["nested"]
