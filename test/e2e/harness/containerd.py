@@ -50,6 +50,8 @@ class Containerd:
         self._patience = patience
         #: What its daemons and clients have in their environment.
         self.env = env | {"PATH": ":".join([str(self._programs), *map(str, path), os.environ["PATH"]])}
+        # containerd unpacks checkpoints there and does not remove them.
+        self.env |= {"TMPDIR": str(directory), "XDG_RUNTIME_DIR": ""}
         directory.mkdir()
         self.socket = directory / "c.sock"
         self._config = directory / "config.toml"
