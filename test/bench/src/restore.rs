@@ -19,16 +19,14 @@ mod vmm;
 use std::collections::BTreeMap;
 use std::error::Error;
 use std::fs::File;
-use std::io::{pipe, Read};
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use ovms_proto::control::Command as Ask;
 use ovms_state::{unpack, Blob, Limits};
 
-use self::vmm::{Machine, Source};
+use self::vmm::{floor, micros, Machine, Source};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
@@ -49,11 +47,11 @@ struct Ram {
 
 fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
-    let [vmm, floor, kernel, memory, runs, dir, rest @ ..] = args.as_slice() else {
+    let [vmm, least, kernel, memory, runs, dir, rest @ ..] = args.as_slice() else {
         return Err("usage: ovms-bench-restore VMM FLOOR KERNEL MEMORY RUNS DIR [mlock|keep]".into());
     };
     let (mlock, keep) = (rest == ["mlock"], rest == ["keep"]);
-    let bench = Bench { vmm: vmm.into(), floor: floor.into(), kernel: kernel.into(), memory: memory.parse()?, mlock };
+    let bench = Bench { vmm: vmm.into(), floor: least.into(), kernel: kernel.into(), memory: memory.parse()?, mlock };
     let runs: usize = runs.parse()?;
     let ram = bench.take(Path::new(dir), if keep { "stay=1" } else { "" })?;
     if keep {
@@ -63,20 +61,16 @@ fn main() -> Result<()> {
     let (mut floors, mut vmms, mut steps) = (Vec::new(), Vec::new(), BTreeMap::<String, Vec<u64>>::new());
     // The first pair warms the page cache and is not counted.
     for run in 0..=runs {
-        let floor = bench.floor()?;
+        let least = floor(&bench.floor, bench.memory)?;
         let (restore, timeline) = bench.restore(&ram)?;
         if run > 0 {
-            floors.push(micros(floor));
+            floors.push(micros(least));
             vmms.push(micros(restore));
             timeline.into_iter().for_each(|(step, at)| steps.entry(step).or_default().push(at));
         }
     }
     println!("{}", serde_json::json!({ "floor_us": floors, "restore_us": vmms, "steps_us": steps }));
     Ok(())
-}
-
-fn micros(time: Duration) -> u64 {
-    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
 impl Bench {
@@ -96,16 +90,6 @@ impl Bench {
         unpack(vec![blob], &[String::new()], (&memory, &state), 2, limits, &mut |_, _| true)?;
         sleep(Duration::from_millis(2200));
         Ok(Ram { state: File::open(dir.join("state"))?, memory: File::open(dir.join("memory"))? })
-    }
-
-    fn floor(&self) -> Result<Duration> {
-        let (mut reader, writer) = pipe()?;
-        let began = Instant::now();
-        let mut child = Command::new(&self.floor).arg(self.memory.to_string()).stdout(writer).spawn()?;
-        reader.read_exact(&mut [0])?;
-        let took = began.elapsed();
-        child.wait()?;
-        Ok(took)
     }
 
     fn restore(&self, ram: &Ram) -> Result<(Duration, Vec<(String, u64)>)> {

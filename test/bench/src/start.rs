@@ -16,14 +16,12 @@ mod vmm;
 
 use std::error::Error;
 use std::fs::File;
-use std::io::{pipe, Read};
 use std::path::PathBuf;
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use ovms_proto::control::Command as Ask;
 
-use self::vmm::{Machine, Source};
+use self::vmm::{floor, micros, Machine, Source};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
@@ -37,15 +35,15 @@ struct Bench {
 
 fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
-    let [vmm, floor, kernel, memory, runs] = args.as_slice() else {
+    let [vmm, least, kernel, memory, runs] = args.as_slice() else {
         return Err("usage: ovms-bench-start VMM FLOOR KERNEL MEMORY RUNS".into());
     };
-    let bench = Bench { vmm: vmm.into(), floor: floor.into(), kernel: kernel.into(), memory: memory.parse()? };
+    let bench = Bench { vmm: vmm.into(), floor: least.into(), kernel: kernel.into(), memory: memory.parse()? };
     let runs: usize = runs.parse()?;
     let (mut floors, mut vmms) = (Vec::new(), Vec::new());
     // The first pair warms the page cache and is not counted.
     for run in 0..=runs {
-        let pair = (bench.floor()?, bench.vmm()?);
+        let pair = (floor(&bench.floor, bench.memory)?, bench.vmm()?);
         if run > 0 {
             floors.push(micros(pair.0));
             vmms.push(micros(pair.1));
@@ -55,21 +53,7 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-fn micros(time: Duration) -> u64 {
-    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
-}
-
 impl Bench {
-    fn floor(&self) -> Result<Duration> {
-        let (mut reader, writer) = pipe()?;
-        let began = Instant::now();
-        let mut child = Command::new(&self.floor).arg(self.memory.to_string()).stdout(writer).spawn()?;
-        reader.read_exact(&mut [0])?;
-        let took = began.elapsed();
-        child.wait()?;
-        Ok(took)
-    }
-
     fn vmm(&self) -> Result<Duration> {
         let kernel = File::open(&self.kernel)?;
         let began = Instant::now();

@@ -1,16 +1,34 @@
-//! A VMM as the engine starts it, but for the cgroup, whose move is a figure of its own.
+//! What is measured: a VMM as the engine starts it, but for the cgroup, whose move is a figure of its own, and the floor
+//! beside it.
 
 use std::fs::File;
 use std::io::{pipe, PipeReader, Read};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use ovms_config::vm::{BootConfig, ConsoleConfig, JailConfig, RestoreConfig, StartConfig, VmConfig, VM_CONFIG_VERSION};
 use ovms_proto::control::{Answer, Command as Ask, Event, FromVmm, Request, SnapshotCommand, SnapshotReport, Timeline};
 use ovms_proto::Channel;
 
 use crate::{spawn, Result};
+
+/// A time as it is printed.
+pub(crate) fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
+
+/// Spawns the floor program with a slot of `memory` bytes and returns the time to its first byte.
+pub(crate) fn floor(program: &Path, memory: u64) -> Result<Duration> {
+    let (mut reader, writer) = pipe()?;
+    let began = Instant::now();
+    let mut child = Command::new(program).arg(memory.to_string()).stdout(writer).spawn()?;
+    reader.read_exact(&mut [0])?;
+    let took = began.elapsed();
+    child.wait()?;
+    Ok(took)
+}
 
 /// What a machine comes from.
 pub(crate) enum Source<'a> {
