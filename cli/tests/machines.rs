@@ -4,43 +4,17 @@ mod common;
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use common::{Registry, Said};
+use common::{Host, Registry, Said};
 use serde_json::Value;
-use tempfile::TempDir;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// A host of its own: state, runtime directory, settings.
-struct Host {
-    dir: TempDir,
-}
-
 impl Host {
-    fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let vmm = Path::new(env!("CARGO_BIN_EXE_ovm")).with_file_name("ovms-vmm");
-        let vmm = if vmm.exists() { vmm } else { root().join("target/release/ovms-vmm") };
-        assert!(vmm.exists(), "ovms-vmm: run `make build`");
-        let at = |name: &str| dir.path().join(name).display().to_string();
-        let settings = format!(
-            "[paths]\nstate = {:?}\nruntime = {:?}\nvmm = {:?}\ncontainerd_socket = {:?}\n[vm]\nstop_timeout_seconds = 5\n",
-            at("state"),
-            at("runtime"),
-            vmm.display().to_string(),
-            at("no-containerd.sock"),
-        );
-        fs::write(dir.path().join("ovms.toml"), settings).unwrap();
-        Self { dir }
-    }
-
     fn ovm(&self, args: &[&str]) -> Said {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_ovm"));
-        command.env("OVMS_CONFIG", self.dir.path().join("ovms.toml")).stdin(Stdio::null());
-        command.current_dir(self.dir.path()).args(args).output().unwrap().into()
+        self.command().current_dir(self.dir.path()).args(args).output().unwrap().into()
     }
 
     fn ok(&self, args: &[&str]) -> String {
@@ -49,14 +23,9 @@ impl Host {
         said.out
     }
 
-    /// A layout that boots the guest `name`.
-    fn layout(&self, name: &str) -> String {
-        let kernel = root().join(format!("target/guests/{name}.elf"));
-        assert!(kernel.exists(), "{}: run `make guests`", kernel.display());
-        let kernel = kernel.display().to_string();
-        let args =
-            ["build", "-q", "--name", "t/guest", "--version", "1", "--memory", "64M", "--kernel", &kernel, "-o", name];
-        self.ok(&args);
+    /// The layout that boots the guest `name`, as it is called in the directory that `ovm` runs in.
+    fn named(&self, name: &str) -> String {
+        self.layout(name);
         name.to_owned()
     }
 
@@ -102,10 +71,6 @@ impl Drop for Host {
     }
 }
 
-fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
-}
-
 /// The numbers that the guest `spin` has counted.
 fn ticks(said: &str) -> Vec<u32> {
     said.lines().filter_map(|line| line.strip_prefix("tick ")?.parse().ok()).collect()
@@ -114,8 +79,8 @@ fn ticks(said: &str) -> Vec<u32> {
 #[test]
 #[ignore = "needs /dev/kvm and root"]
 fn a_detached_machine_is_listed_inspected_stopped_and_removed() {
-    let host = Host::new();
-    let layout = host.layout("spin");
+    let host = Host::new(5);
+    let layout = host.named("spin");
     assert_eq!(host.ok(&["run", "-d", "--name", "a", &layout]), "a\n");
     host.expect("a", "tick 1\n");
 
@@ -158,8 +123,8 @@ fn a_detached_machine_is_listed_inspected_stopped_and_removed() {
 #[test]
 #[ignore = "needs /dev/kvm and root"]
 fn ends_of_detached_machines_are_kept_or_not_as_asked() {
-    let host = Host::new();
-    host.ok(&["run", "-d", "--name", "p", &host.layout("panic")]);
+    let host = Host::new(5);
+    host.ok(&["run", "-d", "--name", "p", &host.named("panic")]);
     let begin = Instant::now();
     while host.state("p").as_deref() != Some("stopped") {
         assert!(begin.elapsed() < PATIENCE);
@@ -168,13 +133,13 @@ fn ends_of_detached_machines_are_kept_or_not_as_asked() {
     assert_eq!(host.ps()[0]["exit"]["status"], 134);
     host.ok(&["rm", "p"]);
 
-    host.ok(&["run", "-d", "--rm", "--name", "r", &host.layout("hello")]);
+    host.ok(&["run", "-d", "--rm", "--name", "r", &host.named("hello")]);
     let begin = Instant::now();
     while host.state("r").is_some() || fs::read_dir(host.dir.path().join("state/run")).unwrap().count() > 0 {
         assert!(begin.elapsed() < PATIENCE);
         sleep(Duration::from_millis(20));
     }
-    host.ok(&["run", "-d", "--name", "f", &host.layout("echo")]);
+    host.ok(&["run", "-d", "--name", "f", &host.named("echo")]);
     host.ok(&["rm", "-f", "f"]);
     host.assert_clean();
 }
@@ -182,8 +147,8 @@ fn ends_of_detached_machines_are_kept_or_not_as_asked() {
 #[test]
 #[ignore = "needs /dev/kvm and root"]
 fn what_a_detached_start_meets_is_told_to_the_one_who_asked() {
-    let host = Host::new();
-    let layout = host.layout("hello");
+    let host = Host::new(5);
+    let layout = host.named("hello");
     let said = host.ovm(&["run", "-d", "--memory", "1M", &layout]);
     assert_eq!(said.code, Some(65));
     assert_eq!(said.err, "ovm: --memory asks for 1048576 bytes of memory; a machine has 32 MiB to 1 TiB\n");
@@ -195,8 +160,8 @@ fn what_a_detached_start_meets_is_told_to_the_one_who_asked() {
 #[ignore = "needs /dev/kvm and root"]
 fn snapshots_of_clones_go_on_counting_through_a_registry() {
     let Some(registry) = Registry::start() else { return };
-    let host = Host::new();
-    host.ok(&["run", "-d", "--name", "a", &host.layout("spin")]);
+    let host = Host::new(5);
+    host.ok(&["run", "-d", "--name", "a", &host.named("spin")]);
     host.expect("a", "tick 2\n");
     let (one, two) = (format!("{}/demo/spin:1", registry.address), format!("{}/demo/spin:2", registry.address));
 
@@ -204,7 +169,7 @@ fn snapshots_of_clones_go_on_counting_through_a_registry() {
     let before = ticks(&host.ok(&["logs", "a"]));
     // The machine goes on, and another host resumes what it was.
     host.expect("a", &format!("tick {}\n", before.last().unwrap() + 2));
-    let other = Host::new();
+    let other = Host::new(5);
     assert_eq!(other.ok(&["pull", "-q", &one]), digest);
     assert!(other.ok(&["ls"]).contains("from RAM"));
     other.ok(&["run", "-d", "--name", "b", &one]);
@@ -237,8 +202,8 @@ fn snapshots_of_clones_go_on_counting_through_a_registry() {
 #[test]
 #[ignore = "needs /dev/kvm and root"]
 fn a_snapshot_with_stop_ends_the_machine_and_a_missing_base_is_told() {
-    let host = Host::new();
-    let layout = host.layout("spin");
+    let host = Host::new(5);
+    let layout = host.named("spin");
     host.ok(&["run", "-d", "--name", "a", &layout]);
     host.expect("a", "tick 1\n");
     fs::rename(host.dir.path().join("spin"), host.dir.path().join("away")).unwrap();

@@ -23,6 +23,58 @@ impl From<Output> for Said {
     }
 }
 
+/// The checkout.
+pub fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+/// A host of its own, to run machines on: state, runtime directory, settings, no containerd.
+pub struct Host {
+    pub dir: tempfile::TempDir,
+}
+
+impl Host {
+    /// One that ends a machine by force after `stop_timeout` seconds.
+    pub fn new(stop_timeout: u32) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let vmm = Path::new(env!("CARGO_BIN_EXE_ovm")).with_file_name("ovms-vmm");
+        let vmm = if vmm.exists() { vmm } else { root().join("target/release/ovms-vmm") };
+        assert!(vmm.exists(), "ovms-vmm: run `make build`");
+        let at = |name: &str| dir.path().join(name).display().to_string();
+        let settings = format!(
+            "[paths]\nstate = {:?}\nruntime = {:?}\nvmm = {:?}\ncontainerd_socket = {:?}\n[vm]\nstop_timeout_seconds = {stop_timeout}\n",
+            at("state"),
+            at("runtime"),
+            vmm.display().to_string(),
+            at("no-containerd.sock"),
+        );
+        fs::write(dir.path().join("ovms.toml"), settings).unwrap();
+        Self { dir }
+    }
+
+    /// `ovm` with this host's settings.
+    pub fn command(&self) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_ovm"));
+        command.env("OVMS_CONFIG", self.dir.path().join("ovms.toml")).stdin(Stdio::null());
+        command
+    }
+
+    /// A layout that boots the bare-metal guest `name`, made once.
+    pub fn layout(&self, name: &str) -> PathBuf {
+        let kernel = root().join(format!("target/guests/{name}.elf"));
+        assert!(kernel.exists(), "{}: run `make guests`", kernel.display());
+        let layout = self.dir.path().join(name);
+        if layout.exists() {
+            return layout;
+        }
+        let mut build = self.command();
+        build.args(["build", "-q", "--name", "t/guest", "--version", "1", "--memory", "64M", "--kernel"]);
+        let built = build.arg(kernel).arg("-o").arg(&layout).output().unwrap();
+        assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+        layout
+    }
+}
+
 /// A folder with kernel, initrd and two disks.
 pub struct Parts {
     dir: tempfile::TempDir,
