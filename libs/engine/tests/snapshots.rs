@@ -6,7 +6,6 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use common::{eventually, proc_status, unique, Console, Host, PATIENCE};
@@ -68,6 +67,16 @@ fn resumed(host: &Host, original: &Path, dirs: &[&Path]) -> PathBuf {
     });
     record.save(&path("bundle.json")).unwrap();
     path("bundle.json")
+}
+
+/// A machine's snapshot as the bundle of a clone; the machine itself is gone.
+fn bundle_of_a_clone(host: &Host, arguments: &str) -> PathBuf {
+    let (machine, _console, bundle) = tally(host, arguments);
+    let dir = empty_dir(host);
+    take(&machine, &dir, DIFF);
+    let clone_bundle = resumed(host, &bundle, &[&dir]);
+    kill(&machine);
+    clone_bundle
 }
 
 /// What a caller asks for to go on from this bundle. Nothing is said of sizes.
@@ -253,11 +262,7 @@ fn a_frozen_disk_is_read_while_its_machine_writes_on() {
 #[ignore = "needs /dev/kvm and root"]
 fn the_working_set_is_recorded_by_the_first_and_used_by_the_next() {
     let host = Host::new();
-    let (machine, _console, bundle) = tally(&host, "fill=8");
-    let dir = empty_dir(&host);
-    take(&machine, &dir, DIFF);
-    let clone_bundle = resumed(&host, &bundle, &[&dir]);
-    kill(&machine);
+    let clone_bundle = bundle_of_a_clone(&host, "fill=8");
     let set = clone_bundle.with_file_name("working-set");
     for _ in 0..2 {
         let (spec, mut console) = go_on(&host, &clone_bundle);
@@ -275,11 +280,7 @@ fn the_working_set_is_recorded_by_the_first_and_used_by_the_next() {
 #[ignore = "needs /dev/kvm and root"]
 fn ram_that_must_be_locked_is_locked_by_the_engine_and_by_the_vmm_and_free_afterwards() {
     let host = Host::new();
-    let (machine, _console, bundle) = tally(&host, "fill=8");
-    let dir = empty_dir(&host);
-    take(&machine, &dir, DIFF);
-    let clone_bundle = resumed(&host, &bundle, &[&dir]);
-    kill(&machine);
+    let clone_bundle = bundle_of_a_clone(&host, "fill=8");
     let mut record = Record::load(&clone_bundle).unwrap();
     record.ram.as_mut().unwrap().mlock = true;
     record.save(&clone_bundle).unwrap();
@@ -302,11 +303,7 @@ fn ram_that_must_be_locked_is_locked_by_the_engine_and_by_the_vmm_and_free_after
 #[ignore = "needs /dev/kvm and root"]
 fn policy_sizes_and_cold_boots_are_as_the_caller_asks() {
     let host = Host::new();
-    let (machine, _console, bundle) = tally(&host, "fill=1");
-    let dir = empty_dir(&host);
-    take(&machine, &dir, DIFF);
-    let clone_bundle = resumed(&host, &bundle, &[&dir]);
-    kill(&machine);
+    let clone_bundle = bundle_of_a_clone(&host, "fill=1");
 
     let strict = Host::with(|settings| settings.ram.policy = RamPolicy::Signed);
     let err = strict.engine.create(go_on(&host, &clone_bundle).0).unwrap_err();
@@ -332,11 +329,7 @@ fn policy_sizes_and_cold_boots_are_as_the_caller_asks() {
 #[ignore = "needs /dev/kvm and root"]
 fn an_incompatible_host_refuses_by_name_and_boots_if_it_may() {
     let host = Host::new();
-    let (machine, _console, bundle) = tally(&host, "fill=1");
-    let dir = empty_dir(&host);
-    take(&machine, &dir, DIFF);
-    let clone_bundle = resumed(&host, &bundle, &[&dir]);
-    kill(&machine);
+    let clone_bundle = bundle_of_a_clone(&host, "fill=1");
     // As if it had been taken where KVM can more.
     let state = clone_bundle.with_file_name("state");
     let (mut head, sections) = StateFile::read(&File::open(&state).unwrap()).unwrap();
@@ -361,11 +354,7 @@ fn an_incompatible_host_refuses_by_name_and_boots_if_it_may() {
 #[ignore = "needs /dev/kvm and root"]
 fn a_damaged_state_is_an_error_and_leaves_nothing() {
     let host = Host::new();
-    let (machine, _console, bundle) = tally(&host, "fill=1");
-    let dir = empty_dir(&host);
-    take(&machine, &dir, DIFF);
-    let clone_bundle = resumed(&host, &bundle, &[&dir]);
-    kill(&machine);
+    let clone_bundle = bundle_of_a_clone(&host, "fill=1");
     let state = clone_bundle.with_file_name("state");
     let sound = fs::read(&state).unwrap();
     for at in [0, sound.len() / 2, sound.len() - 1] {
@@ -394,8 +383,7 @@ fn engine_to_be_killed_in_a_snapshot() {
     let (machine, _console, bundle) = tally(&host, "fill=32 dirty=512");
     fs::write(dir.join("bundle.tmp"), bundle.to_str().unwrap()).unwrap();
     fs::rename(dir.join("bundle.tmp"), dir.join("bundle")).unwrap();
-    let stop = AtomicBool::new(false);
-    while !stop.load(Ordering::Relaxed) {
+    loop {
         let into = dir.join("into");
         let _ = fs::remove_dir_all(&into);
         fs::create_dir(&into).unwrap();
