@@ -2,6 +2,7 @@
 
 use std::error::Error as StdError;
 
+pub use ovms_proto::chain;
 use thiserror::Error;
 
 /// What a client should make of an error; `status.rs` maps it to ttrpc codes.
@@ -62,18 +63,6 @@ impl Error {
     pub fn chain(&self) -> String {
         chain(self)
     }
-}
-
-/// The sentence of `error` and its causes, outermost first, joined by `: `.
-pub fn chain(error: &dyn StdError) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        next = cause.source();
-    }
-    text
 }
 
 #[cfg(test)]

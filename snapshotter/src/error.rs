@@ -3,7 +3,6 @@
 //! kind becomes a code.
 
 use std::error::Error as StdError;
-use std::fmt::{self, Display};
 
 use ovms_proto::bundle::RefusalKind;
 use tonic::{Code, Status};
@@ -28,10 +27,12 @@ pub enum Kind {
 }
 
 /// An error of the daemon.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
 pub struct Error {
     kind: Kind,
     message: String,
+    #[source]
     source: Option<Box<dyn StdError + Send + Sync>>,
 }
 
@@ -77,17 +78,7 @@ impl Error {
 
     /// The whole chain in one line, `a: b: c`.
     pub fn chain(&self) -> String {
-        let mut line = self.message.clone();
-        let mut next = self.source();
-        while let Some(error) = next {
-            line.push_str(": ");
-            match error.downcast_ref::<Status>() {
-                Some(status) => line.push_str(status.message()),
-                None => line.push_str(&error.to_string()),
-            }
-            next = error.source();
-        }
-        line
+        ovms_proto::chain(self)
     }
 
     /// The kind as the bundle service says it.
@@ -98,18 +89,6 @@ impl Error {
             Kind::Precondition | Kind::Unavailable => RefusalKind::Precondition,
             Kind::Unimplemented | Kind::Internal => RefusalKind::Internal,
         }
-    }
-}
-
-impl Display for Error {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.message)
-    }
-}
-
-impl StdError for Error {
-    fn source(&self) -> Option<&(dyn StdError + 'static)> {
-        self.source.as_deref().map(|source| source as &(dyn StdError + 'static))
     }
 }
 

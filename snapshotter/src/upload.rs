@@ -72,15 +72,16 @@ impl Upload {
         // A receiver that is gone has left its reason in the answers.
         let _receiver_gone = to.send(commit).await;
         drop(to);
-        let failed = || format!("containerd does not take blob {digest}");
-        match answers.await.context(failed)? {
+        let refused = || format!("containerd does not take blob {digest}");
+        match answers.await.context(refused)? {
             Err(status) if status.code() == Code::AlreadyExists => {}
-            answered => return answered.context(failed),
+            answered => return Ok(answered.map_err(|status| ovms_containerd::Error::answer(refused(), status))?),
         }
         let paths = labels.keys().map(|label| format!("labels.{label}")).collect();
         let info = Info { digest: digest.to_string(), labels, ..Info::default() };
         let update_mask = Some(prost_types::FieldMask { paths });
-        client.update(scope.request(UpdateRequest { info: Some(info), update_mask })).await.context(failed)?;
+        let update = scope.request(UpdateRequest { info: Some(info), update_mask });
+        client.update(update).await.map_err(|status| ovms_containerd::Error::answer(refused(), status))?;
         Ok(())
     }
 
@@ -91,7 +92,7 @@ impl Upload {
         let ended = answers.await;
         let _nothing_there = client.abort(scope.request(AbortRequest { r#ref: reference })).await;
         match ended {
-            Ok(Err(status)) => Some(Error::internal("containerd does not take the blob").because(status)),
+            Ok(Err(status)) => Some(ovms_containerd::Error::answer("containerd does not take the blob", status).into()),
             _ => None,
         }
     }

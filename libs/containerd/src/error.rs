@@ -1,7 +1,6 @@
 //! What containerd did not do, and what to make of that.
 
 use std::error::Error as StdError;
-use std::fmt::{self, Display};
 
 use tonic::{Code, Status};
 
@@ -21,10 +20,12 @@ pub enum Kind {
 }
 
 /// An error of a call to containerd.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
 pub struct Error {
     kind: Kind,
     message: String,
+    #[source]
     source: Option<Box<dyn StdError + Send + Sync>>,
 }
 
@@ -42,7 +43,7 @@ impl Error {
     }
 
     /// From what a service answered.
-    pub(crate) fn answer(message: impl Into<String>, status: Status) -> Self {
+    pub fn answer(message: impl Into<String>, status: Status) -> Self {
         let kind = match status.code() {
             Code::NotFound => Kind::NotFound,
             Code::Unavailable => Kind::Unavailable,
@@ -65,26 +66,7 @@ impl Error {
     }
 }
 
-impl Display for Error {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.message)
-    }
-}
-
-impl StdError for Error {
-    fn source(&self) -> Option<&(dyn StdError + 'static)> {
-        self.source.as_deref().map(|source| source as &(dyn StdError + 'static))
-    }
-}
-
 /// A status as a sentence: its own message, not its code and metadata.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
+#[error("{}", .0.message())]
 struct Said(Status);
-
-impl Display for Said {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.0.message())
-    }
-}
-
-impl StdError for Said {}

@@ -4,7 +4,6 @@
 //! printed once, at the top.
 
 use std::error::Error as StdError;
-use std::fmt;
 use std::io;
 
 /// What a caller should make of an [`Error`]; the kinds are those that containerd's clients know.
@@ -25,11 +24,13 @@ pub enum Kind {
 }
 
 /// An error of the engine.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
 pub struct Error {
     kind: Kind,
     message: String,
     incompatible: bool,
+    #[source]
     source: Option<Box<dyn StdError + Send + Sync>>,
 }
 
@@ -75,26 +76,7 @@ impl Error {
     /// The whole chain in one line, outermost first, joined by `: `.
     #[must_use]
     pub fn chain(&self) -> String {
-        let mut line = self.message.clone();
-        let mut next = self.source();
-        while let Some(source) = next {
-            line.push_str(": ");
-            line.push_str(&source.to_string());
-            next = source.source();
-        }
-        line
-    }
-}
-
-impl fmt::Display for Error {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.message)
-    }
-}
-
-impl StdError for Error {
-    fn source(&self) -> Option<&(dyn StdError + 'static)> {
-        self.source.as_deref().map(|source| source as &(dyn StdError + 'static))
+        ovms_proto::chain(self)
     }
 }
 

@@ -14,10 +14,12 @@
 #![deny(unsafe_code)]
 
 pub mod bundle;
+mod chain;
 pub mod channel;
 pub mod control;
 pub mod machine;
 #[allow(unsafe_code, reason = "the ancillary data of sendmsg and recvmsg")]
 mod sys;
 
+pub use chain::chain;
 pub use channel::{Channel, ChannelError};
