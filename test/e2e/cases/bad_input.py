@@ -326,21 +326,27 @@ def a_foreign_image_with_a_bad_manifest(bed: Bed) -> None:
         "ovfms": {"diskLayers": [{"ref": "", "format": "ovfms", "size": 1}]},
     }
     for number, (word, change) in enumerate(changes.items()):
-        layout = _layout_with_kernel(bed, kernel, name=f"foreign{number}", **change)
-        archive = bed.dir / f"foreign{number}.tar"
+        layout = _layout_with_kernel(bed, kernel, number, **change)
+        archive = bed.dir / f"handmade{number}.tar"
         bed.run(["tar", "-C", layout, "-cf", archive, "."])
         done = bed.containerd.ctr("images", "import", "--snapshotter", "ovms", archive, status=None)
         if done.status == 0:
-            done = bed.vm(f"localhost/foreign{number}:1", "vm", "--rm", status=None)
+            done = bed.vm(f"localhost/handmade{number}:1", "vm", "--rm", status=None)
         bed.refused(done, word)
     bed.nothing_half_made()
 
 
-def _layout_with_kernel(bed: Bed, kernel: bytes | str, *, name: str = "handmade", **changes: object) -> Path:
-    """A runnable image, descriptor layer included, with any bytes as kernel or with the digest of a kernel that is not there."""
+def _layout_with_kernel(bed: Bed, kernel: bytes | str, number: int = 0, **changes: object) -> Path:
+    """
+    A runnable image, descriptor layer included, with any bytes as kernel or with the digest of a kernel that is not there.
+
+    Each number has a disk layer of its own: when an import is refused, containerd collects the layers that were good at
+    any time after, and its 1.7 may then have counted on one of them in the next import already.
+    """
+    name = f"handmade{number}"
     disk = bed.guests.disks[0]
     layout = oci.Layout(bed.dir / name)
-    layer = oci.tar([oci.File("ovm/disk.qcow2", disk.read_bytes())])
+    layer = oci.tar([oci.File("ovm/disk.qcow2", disk.read_bytes(), mtime=number)])
     reference = kernel if isinstance(kernel, str) else oci.digest(kernel)
     manifest: dict[str, Any] = {
         "schemaVersion": 1, "mediaType": _MANIFEST, "name": "handmade", "version": "1", "kernel": {"ref": reference, "args": "x"},

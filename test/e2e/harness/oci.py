@@ -33,6 +33,7 @@ class File:
     data: bytes = b""
     mode: int = 0o644
     link: str = ""
+    mtime: int = 0
 
 
 @dataclass
@@ -60,7 +61,7 @@ def tar(files: list[File]) -> bytes:
                     info.type, info.mode = tarfile.DIRTYPE, 0o755
                     archive.addfile(info)
             info = tarfile.TarInfo(file.path)
-            info.mode = file.mode
+            info.mode, info.mtime = file.mode, file.mtime
             if file.link:
                 info.type, info.linkname = tarfile.SYMTYPE, file.link
                 archive.addfile(info)
