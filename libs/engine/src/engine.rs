@@ -14,6 +14,7 @@ use crate::launch::Packet;
 use crate::log::{self, LogPipe};
 use crate::machine::{limit_sends, with_overhead, ExitInfo, Machine, State, DEATH};
 use crate::monitor;
+use crate::netns::Netns;
 use crate::process::{self, find_vmm, Cradle, Process, Report};
 use crate::record::{self, check_name, Claim, Record, Slot};
 use crate::serve::Server;
@@ -72,6 +73,7 @@ impl Engine {
             _ => PathBuf::from(format!("ovms/{}-{}", spec.namespace, spec.id)),
         };
         let vmm = find_vmm(&self.settings)?;
+        let netns = Netns::begin(spec.netns.as_deref())?;
         let slot = SlotGuard(Some(self.claim(&spec)?));
         let since = |at: Instant| micros(at.saturating_duration_since(began));
         let mut timeline: Vec<_> = spec.passed.drain(..).map(|(step, at)| (step, since(at))).collect();
@@ -84,7 +86,7 @@ impl Engine {
         // Its program starts while we open its files.
         let born = BornGuard(Some(spawn(&vmm, &spec, cgroup.get()?)?));
         timeline.push((SPAWNED.to_owned(), micros(began.elapsed())));
-        let mut packet = Packet::open(&mut spec, &self.settings)?;
+        let mut packet = Packet::open(&mut spec, netns, &self.settings)?;
         timeline.push(("files".to_owned(), micros(began.elapsed())));
         let uid = UidLease::take(&self.settings.paths.runtime, &self.settings.jail)?;
         (packet.config.jail.uid, packet.config.jail.gid) = (uid.uid(), uid.uid());
@@ -233,7 +235,6 @@ fn spawn(vmm: &Path, spec: &CreateSpec, cgroup: &Cgroup) -> Result<Born> {
         id: &spec.id,
         control: theirs.into(),
         log: log_end,
-        joins_netns: spec.netns.is_some(),
         birthplace: &cgroup.birthplace()?,
     })?;
     Ok(Born { process, channel, log, report })

@@ -15,6 +15,7 @@ use ovms_config::Settings;
 use ovms_proto::channel::MAX_FDS;
 
 use crate::error::{Error, Kind, Result};
+use crate::netns::Netns;
 use crate::ram_lock::RamLock;
 use crate::record;
 use crate::restore::{self, Resume};
@@ -48,7 +49,7 @@ pub(crate) struct Packet {
 
 impl Packet {
     /// Opens everything. The spec's stdin and stdout move into the packet. `uid` is filled in later.
-    pub(crate) fn open(spec: &mut CreateSpec, settings: &Settings) -> Result<Self> {
+    pub(crate) fn open(spec: &mut CreateSpec, netns: Netns, settings: &Settings) -> Result<Self> {
         let mut fds = FdList::default();
         let kvm = fds.push(open_kvm(&settings.paths.kvm)?);
         let holder = Holder {
@@ -77,7 +78,7 @@ impl Packet {
             input: spec.stdio.stdin.take().map(|fd| fds.push(fd)),
             output: spec.stdio.stdout.take().map(|fd| fds.push(fd)),
         };
-        let netns = spec.netns.as_deref().map(open_netns).transpose()?.map(|file| fds.push(file));
+        let netns = Some(fds.push(netns.open()?));
         let hostname = if spec.hostname.is_empty() { spec.id.clone() } else { spec.hostname.clone() };
         let jail = JailConfig {
             uid: 0,
@@ -220,13 +221,6 @@ fn open_kvm(path: &Path) -> Result<File> {
     })
 }
 
-fn open_netns(path: &Path) -> Result<File> {
-    File::open(path).map_err(|err| {
-        let message = format!("the network namespace {} cannot be opened", path.display());
-        Error::new(Kind::InvalidArgument, message).because(err)
-    })
-}
-
 pub(crate) fn bundle_error(err: ovms_bundle::Error) -> Error {
     Error::new(bundle_kind(&err), "the machine's files cannot be opened").because(err)
 }
@@ -288,11 +282,5 @@ mod tests {
         let err = open_kvm(Path::new("/no/such/kvm")).unwrap_err();
         assert_eq!(err.kind(), Kind::Unavailable);
         assert!(err.to_string().contains("load kvm_intel or kvm_amd"), "{err}");
-    }
-
-    #[test]
-    fn open_netns_missing_returns_its_path() {
-        let err = open_netns(Path::new("/run/netns/none")).unwrap_err();
-        assert!(err.to_string().contains("/run/netns/none"), "{err}");
     }
 }

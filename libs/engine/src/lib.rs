@@ -19,6 +19,7 @@ mod launch;
 mod log;
 mod machine;
 mod monitor;
+mod netns;
 mod process;
 mod ram_lock;
 mod record;

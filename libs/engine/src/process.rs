@@ -59,8 +59,6 @@ pub(crate) struct Cradle<'a> {
     pub(crate) control: OwnedFd,
     /// Its stderr.
     pub(crate) log: OwnedFd,
-    /// It joins a network namespace later; else it is born in an empty one.
-    pub(crate) joins_netns: bool,
     /// Its cgroup.
     pub(crate) birthplace: &'a Birthplace,
 }
@@ -106,10 +104,6 @@ impl Process {
             nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(io::Error::from).map_err(error())?;
         let (null, log) = (high(&null).map_err(error())?, high(&cradle.log).map_err(error())?);
         let (control, report_end) = (high(&cradle.control).map_err(error())?, high(&report_end).map_err(error())?);
-        let mut namespaces = libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
-        if !cradle.joins_netns {
-            namespaces |= libc::CLONE_NEWNET;
-        }
         let birth = sys::Birth {
             program: &program,
             argv: &argv,
@@ -118,7 +112,6 @@ impl Process {
             log: log.as_fd(),
             control: control.as_fd(),
             report: report_end.as_fd(),
-            namespaces,
             cgroup: cradle.birthplace.dir.as_ref().map(AsFd::as_fd),
             tasks: &cradle.birthplace.tasks,
         };
@@ -282,7 +275,6 @@ mod tests {
             id: "vm1",
             control: null(),
             log: null(),
-            joins_netns: false,
             birthplace: &Birthplace { dir: Some(open.into()), tasks: Vec::new() },
         })
         .unwrap();

@@ -17,6 +17,8 @@ const REPORT_FD: RawFd = 4;
 /// `CLONE_CLEAR_SIGHAND` and `CLONE_INTO_CGROUP` of the kernel's include/uapi/linux/sched.h (libc's do not fit their type).
 const CLONE_CLEAR_SIGHAND: u64 = 1 << 32;
 const CLONE_INTO_CGROUP: u64 = 1 << 33;
+/// The namespaces that a VMM is born in. It joins its network namespace itself, once that is made (`netns.rs`).
+const NAMESPACES: c_int = libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
 
 /// `struct clone_args` of include/uapi/linux/sched.h, as of its second version (88 bytes).
 #[repr(C)]
@@ -53,8 +55,6 @@ pub(crate) struct Birth<'a> {
     /// Takes the number of the error (4 bytes) if the program cannot be executed, or its negative if the child cannot
     /// join its cgroups.
     pub(crate) report: BorrowedFd<'a>,
-    /// `CLONE_NEW*` flags.
-    pub(crate) namespaces: c_int,
     /// cgroup v2 directory that the child is born in.
     pub(crate) cgroup: Option<BorrowedFd<'a>>,
     /// `tasks` files of cgroups v1 into which the child writes itself.
@@ -65,7 +65,7 @@ pub(crate) struct Birth<'a> {
 pub(crate) fn spawn(birth: &Birth<'_>) -> io::Result<(u32, OwnedFd)> {
     let mut pidfd: c_int = -1;
     let mut args = CloneArgs {
-        flags: birth.namespaces as u64 | libc::CLONE_PIDFD as u64 | CLONE_CLEAR_SIGHAND,
+        flags: NAMESPACES as u64 | libc::CLONE_PIDFD as u64 | CLONE_CLEAR_SIGHAND,
         pidfd: ptr::from_mut(&mut pidfd) as u64,
         exit_signal: libc::SIGCHLD as u64,
         ..CloneArgs::default()
