@@ -9,6 +9,7 @@
 #![forbid(unsafe_code)]
 
 pub mod paths;
+pub mod programs;
 pub mod settings;
 pub mod size;
 pub mod vm;

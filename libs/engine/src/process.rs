@@ -5,17 +5,16 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::ptr;
 use std::time::Duration;
-use std::{env, ptr};
 
 use nix::errno::Errno;
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::signal::Signal;
 use nix::sys::wait::{waitid, Id, WaitPidFlag, WaitStatus};
 use ovms_config::paths::VMM_BINARY;
-use ovms_config::Settings;
+use ovms_config::{programs, Settings};
 
 use crate::cgroup::Birthplace;
 use crate::error::{Error, Kind, Result};
@@ -26,20 +25,13 @@ use crate::sys;
 pub(crate) fn find_vmm(settings: &Settings) -> Result<PathBuf> {
     let configured = &settings.paths.vmm;
     if !configured.as_os_str().is_empty() {
-        return if is_program(configured) {
+        return if programs::is_program(configured) {
             Ok(configured.clone())
         } else {
             Err(no_vmm(&configured.display().to_string()))
         };
     }
-    let beside = env::current_exe().ok().and_then(|exe| exe.parent().map(Path::to_owned));
-    let path = env::var_os("PATH").unwrap_or_default();
-    let mut places = beside.into_iter().chain(env::split_paths(&path)).map(|dir| dir.join(VMM_BINARY));
-    places.find(|place| is_program(place)).ok_or_else(|| no_vmm("beside this program or in PATH"))
-}
-
-fn is_program(path: &Path) -> bool {
-    fs::metadata(path).is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
+    programs::find(VMM_BINARY).ok_or_else(|| no_vmm("beside this program or in PATH"))
 }
 
 fn no_vmm(place: &str) -> Error {
@@ -222,6 +214,8 @@ fn high(fd: &impl AsFd) -> io::Result<OwnedFd> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     #[test]

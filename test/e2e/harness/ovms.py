@@ -11,7 +11,7 @@ from .case import CaseFailed, major
 from .process import Daemon
 
 REPO = Path(__file__).resolve().parents[3]
-PROGRAMS = ("ovm", "ovms-vmm", "ovms-snapshotter", "containerd-shim-ovms-v1")
+PROGRAMS = ("ovm", "ovm-transfer", "ovms-vmm", "ovms-snapshotter", "containerd-shim-ovms-v1")
 RUNTIME = "io.containerd.ovms.v1"
 
 

@@ -2,6 +2,13 @@
 //!
 //! A file for each verb; each decodes its arguments, makes one call into the libraries and prints what came of it. An
 //! error is printed once, here, as one line from the outermost cause to the innermost.
+//!
+//! ```text
+//!  ovm (static, small) ──> build, run, ps, …
+//!        └──pull, push, snapshot: execve──> ovm-transfer (registries, TLS, containerd)
+//! ```
+//! There are two programs, since a machine that resumes in milliseconds cannot wait for the loading of a TLS stack that
+//! it does not use (docs/adr/0014-two-programs.md). A user knows one of them.
 #![forbid(unsafe_code)]
 
 mod build;
@@ -20,11 +27,14 @@ mod snapshot;
 mod stop;
 mod terminal;
 mod text;
+mod transfer;
 mod validate;
 
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+
+use crate::error::CliError;
 
 /// Build, validate, inspect and run OVMS virtual machine images.
 #[derive(Parser)]
@@ -64,13 +74,15 @@ enum Verb {
     Rmi(ls::RemoveArgs),
 }
 
-fn main() -> ExitCode {
+/// The program `ovm`.
+#[must_use]
+pub fn ovm() -> ExitCode {
     // `ovm run` unpacks layers in a worker, which is this program started again.
     if let Some(code) = ovms_bundle::worker::intercept() {
         return code;
     }
     let success = |()| ExitCode::SUCCESS;
-    let done = match Cli::parse().verb {
+    close(match Cli::parse().verb {
         Verb::Build(args) => build::run(*args).map(success),
         Verb::Validate(args) => validate::run(&args).map(success),
         Verb::Inspect(args) => inspect::run(&args).map(success),
@@ -79,12 +91,25 @@ fn main() -> ExitCode {
         Verb::Logs(args) => ps::logs(&args).map(success),
         Verb::Stop(args) => stop::run(&args).map(success),
         Verb::Rm(args) => stop::remove(&args).map(success),
-        Verb::Snapshot(args) => snapshot::run(&args).map(success),
-        Verb::Pull(args) => pull::run(&args).map(success),
-        Verb::Push(args) => push::run(&args).map(success),
+        Verb::Snapshot(_) | Verb::Pull(_) | Verb::Push(_) => Err(transfer::become_it()),
         Verb::Ls(args) => ls::run(&args).map(success),
         Verb::Rmi(args) => ls::remove(&args).map(success),
+    })
+}
+
+/// The program `ovm-transfer`, which `ovm` becomes for the verbs that speak to registries or containerd.
+#[must_use]
+pub fn ovm_transfer() -> ExitCode {
+    let done = match Cli::parse().verb {
+        Verb::Snapshot(args) => snapshot::run(&args),
+        Verb::Pull(args) => pull::run(&args),
+        Verb::Push(args) => push::run(&args),
+        _ => Err(CliError::invalid("ovm-transfer is a part of ovm, for its verbs pull, push and snapshot: run ovm")),
     };
+    close(done.map(|()| ExitCode::SUCCESS))
+}
+
+fn close(done: Result<ExitCode, CliError>) -> ExitCode {
     match done {
         Ok(code) => code,
         Err(error) => {
