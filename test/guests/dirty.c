@@ -13,8 +13,6 @@
 #define PAGE 4096
 #define COUNTER 0x7000
 #define TRAMPOLINE 0x8000
-#define PM_TIMER 0x608
-#define TIMER_HZ 3579545ull
 
 extern const uint8_t writer[], writer_end[];
 

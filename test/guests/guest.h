@@ -7,6 +7,8 @@
 #define COM1 0x3f8
 #define PM1_STATUS 0x600  /* bit 8: power button was pressed */
 #define PM1_CONTROL 0x604 /* bits 10-12: sleep type, bit 13: sleep enable */
+#define PM_TIMER 0x608    /* counts up with 24 bits */
+#define TIMER_HZ 3579545ull
 #define DEBUG_PORT 0x80
 
 static inline void outb(uint16_t port, uint8_t value) { __asm__ volatile("outb %0, %1" ::"a"(value), "Nd"(port)); }

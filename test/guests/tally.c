@@ -5,6 +5,7 @@
  *   dirty=N     rewrites so many of these pages at every tick (default 16)
  *   disk=0      leaves the disk alone; otherwise every tick writes the count to sector 8
  *   period=N    turns of a loop between ticks (default 20000)
+ *   rate=N      waits besides so that it dirties no more than N MB/s (default: no bound)
  *   count=N     powers off when it has come so far (default: never)
  *
  * The ACPI power button makes it look through all of it and power off. */
@@ -90,6 +91,12 @@ static int disk_good(void)
     return 0;
 }
 
+/* Turns of the timer since `from`; it has 24 bits. */
+static uint32_t since(uint32_t from)
+{
+    return (inl(PM_TIMER) - from) & 0xffffff;
+}
+
 static void end(int disk)
 {
     int good = memory_good();
@@ -104,6 +111,7 @@ void run(void)
 {
     int disk = argument("disk", 1) != 0;
     uint64_t period = argument("period", 20000), dirty = argument("dirty", 16), last = argument("count", 0);
+    uint64_t rate = argument("rate", 0), turns = rate ? dirty * PAGE * TIMER_HZ / (rate * 1000000) : 0;
     pages = argument("fill", 1) << 8;
     find_memory();
     if (disk)
@@ -112,6 +120,7 @@ void run(void)
         write_page(i);
     print("tally\n");
     for (;; ticks++) {
+        uint32_t began = inl(PM_TIMER);
         if (disk)
             write_count();
         for (uint64_t i = 0; i < dirty; i++, next = (next + 1) % pages)
@@ -130,5 +139,7 @@ void run(void)
             }
             relax();
         }
+        while (since(began) < turns)
+            relax();
     }
 }

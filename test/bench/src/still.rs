@@ -1,9 +1,9 @@
 //! How long a guest stands still while its RAM snapshot is taken. The guest (`tally.elf`) has written half of its memory
-//! and goes on writing it, so many pages a tick; a clone has written as much again since it was restored.
+//! and goes on writing it, at no more than so many MB/s; a clone has written as much again since it was restored.
 //!
 //! Prints one JSON object for each snapshot: what the VMM reports, and the MB/s that the guest was writing before.
 //!
-//! Usage: `ovms-bench-still VMM KERNEL MEMORY booted|clone DIR PAGES PERIOD SNAPSHOTS`
+//! Usage: `ovms-bench-still VMM KERNEL MEMORY booted|clone DIR RATE SNAPSHOTS`
 
 #[allow(unsafe_code, reason = "unshare, setns and the child's descriptor 3")]
 mod spawn;
@@ -23,6 +23,8 @@ use self::vmm::{Machine, Source};
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
 const PAGE: u64 = 4096;
+/// What the guest writes at a time.
+const PAGES: u64 = 2000;
 /// For how long the guest's writing is measured.
 const WINDOW: Duration = Duration::from_secs(2);
 
@@ -32,23 +34,17 @@ struct Bench {
     kernel: PathBuf,
     memory: u64,
     dir: PathBuf,
-    pages: u64,
-    period: u64,
+    /// MB/s.
+    rate: u64,
 }
 
 fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
-    let [vmm, kernel, memory, kind, dir, pages, period, snapshots] = args.as_slice() else {
-        return Err("usage: ovms-bench-still VMM KERNEL MEMORY booted|clone DIR PAGES PERIOD SNAPSHOTS".into());
+    let [vmm, kernel, memory, kind, dir, rate, snapshots] = args.as_slice() else {
+        return Err("usage: ovms-bench-still VMM KERNEL MEMORY booted|clone DIR RATE SNAPSHOTS".into());
     };
-    let bench = Bench {
-        vmm: vmm.into(),
-        kernel: kernel.into(),
-        memory: memory.parse()?,
-        dir: dir.into(),
-        pages: pages.parse()?,
-        period: period.parse()?,
-    };
+    let bench =
+        Bench { vmm: vmm.into(), kernel: kernel.into(), memory: memory.parse()?, dir: dir.into(), rate: rate.parse()? };
     let mut machine = match kind.as_str() {
         "booted" => bench.booted()?,
         "clone" => bench.clone_of_booted()?,
@@ -67,7 +63,7 @@ fn main() -> Result<()> {
 impl Bench {
     /// A machine that has written half of its memory since it was booted.
     fn booted(&self) -> Result<Machine> {
-        let cmdline = format!("fill={} disk=0 dirty={} period={}", (self.memory / 2) >> 20, self.pages, self.period);
+        let cmdline = format!("fill={} disk=0 dirty={PAGES} period=1 rate={}", (self.memory / 2) >> 20, self.rate);
         let kernel = File::open(&self.kernel)?;
         let mut machine = Machine::create(&self.vmm, self.memory, &Source::Kernel(&kernel, &cmdline), false)?;
         machine.ask(Ask::Run, &[])?;
@@ -89,7 +85,7 @@ impl Bench {
         let mut machine = Machine::create(&self.vmm, self.memory, &Source::Ram(&state, &memory, None), false)?;
         machine.ask(Ask::Run, &[])?;
         let first = count(&mut machine)?;
-        while (count(&mut machine)? - first) * self.pages * PAGE < self.memory / 2 {}
+        while (count(&mut machine)? - first) * PAGES * PAGE < self.memory / 2 {}
         Ok(machine)
     }
 
@@ -105,7 +101,7 @@ impl Bench {
         while began.elapsed() < WINDOW {
             last = count(machine)?;
         }
-        Ok(((last - first) * self.pages * PAGE) as f64 / began.elapsed().as_secs_f64() / 1e6)
+        Ok(((last - first) * PAGES * PAGE) as f64 / began.elapsed().as_secs_f64() / 1e6)
     }
 }
 
