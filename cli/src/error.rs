@@ -89,13 +89,7 @@ impl CliError {
 
     /// The whole chain, `a: b: c`.
     pub fn chain(&self) -> String {
-        let mut text = self.source.to_string();
-        let mut next = self.source.source();
-        while let Some(error) = next {
-            text = format!("{text}: {error}");
-            next = error.source();
-        }
-        text
+        ovms_proto::chain(self.source.as_ref())
     }
 
     /// The program's exit code.

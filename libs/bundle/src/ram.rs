@@ -128,7 +128,7 @@ pub fn chain(newest: Digest, open: &mut dyn FnMut(&Digest) -> Opened) -> Result<
 /// Why it is no RAM snapshot.
 pub fn parent_of(blob: &File) -> std::result::Result<Option<Digest>, String> {
     let blob = blob.try_clone().map_err(|e| e.to_string())?;
-    let blob = Blob::open(blob).map_err(|e| crate::worker::chain(&e))?;
+    let blob = Blob::open(blob).map_err(|e| ovms_proto::chain(&e))?;
     if !blob.has_memory() {
         return Err("it holds no memory, only the state of a machine".into());
     }

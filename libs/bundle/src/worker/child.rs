@@ -17,6 +17,7 @@ use ovms_artifact::{
     manifest::DiskFormat,
 };
 use ovms_disk::layer::{self, Format};
+use ovms_proto::chain;
 use rustix::net::{recvmsg, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 
 use super::{
@@ -243,14 +244,4 @@ impl Teller<'_> {
             std::process::exit(1);
         }
     }
-}
-
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(inner) = source {
-        text = format!("{text}: {inner}");
-        source = inner.source();
-    }
-    text
 }

@@ -24,7 +24,6 @@ use ovms_artifact::{digest::Digest, manifest::DiskFormat};
 use ovms_config::settings::LimitSettings;
 use serde::{Deserialize, Serialize};
 
-pub(crate) use child::chain;
 pub use parent::Launcher;
 pub use ram::{RamBlob, RamJob};
 

@@ -24,10 +24,11 @@ use std::{
 };
 
 use ovms_artifact::digest::{Digest, Hasher};
+use ovms_proto::chain;
 use ovms_state::{Blob, Head, Limits, SnapshotError, StateFile, Unpack};
 
 use super::{
-    child::{chain, Teller},
+    child::Teller,
     parent::{create, failed},
     wire::{RamBlobTask, Reply, Request, Task},
     Launcher, Progress,
