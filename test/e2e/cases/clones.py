@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from e2e.harness import forgery, process, tally
+from e2e.harness import files, forgery, process, tally
 from e2e.harness.bed import Bed
 from e2e.harness.case import case, check, contains
 from e2e.harness.terminal import Session
@@ -231,7 +231,7 @@ def of_16_gib(bed: Bed) -> None:
     """A machine of 16 GiB, nearly all of it never touched: neither blob nor files grow with that."""
     _sized(bed, "16G")
 
-    used = sum(path.stat().st_blocks * 512 for path in bed.ovms.state.rglob("*") if path.is_file())
+    used = sum(path.lstat().st_blocks * 512 for path in files.below(bed.ovms.state))
     check(used < 256 << 20, f"the snapshotter's files take {used >> 20} MiB")
 
 
@@ -275,7 +275,7 @@ def removed_with_its_last_user(bed: Bed) -> None:
 
 
 def _unpacked(bed: Bed) -> list[str]:
-    return [str(path) for path in bed.ovms.state.rglob("memory") if "ram" in path.parts]
+    return [str(path) for path in files.below(bed.ovms.state) if path.name == "memory" and "ram" in path.parts]
 
 
 @case(guests=("native",), containerds=("containerd-2.4",))

@@ -8,7 +8,7 @@ import signal
 import time
 from pathlib import Path
 
-from e2e.harness import process, tally
+from e2e.harness import files, process, tally
 from e2e.harness.bed import Bed
 from e2e.harness.case import case, check
 from e2e.harness.terminal import Session
@@ -116,7 +116,7 @@ def the_snapshotter_dies_while_it_unpacks_ram(bed: Bed) -> None:
 
 
 def _ram_files(bed: Bed) -> list[str]:
-    return [str(path) for path in bed.ovms.state.rglob("*") if "ram" in path.relative_to(bed.ovms.state).parts[:-1]]
+    return [str(path) for path in files.below(bed.ovms.state) if "ram" in path.relative_to(bed.ovms.state).parts[:-1]]
 
 
 @case(guests=("native",), containerds=("containerd-2.4",), seconds=180)

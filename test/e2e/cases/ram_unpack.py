@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from e2e.harness import process, tally
+from e2e.harness import files, process, tally
 from e2e.harness.bed import Bed
 from e2e.harness.case import case, check
 
@@ -20,7 +20,7 @@ def _gone(bed: Bed, *images: str) -> None:
     """Removes images, and waits until nothing of their RAM is left."""
     bed.containerd.ctr("images", "rm", "--sync", *images)
     process.until("RAM is removed", lambda: not _unpacked(bed), bed.patience)
-    left = list((bed.ovms.runtime / "ram").glob("*/*")) + list((bed.ovms.state / "tmp").iterdir())
+    left = files.below(bed.ovms.runtime / "ram") + list((bed.ovms.state / "tmp").iterdir())
     check(not left, f"left: {left}")
 
 

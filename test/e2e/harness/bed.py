@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
-from . import oci, process
+from . import files, oci, process
 from .case import CaseFailed, check, contains
 from .containerd import Containerd
 from .guests import Guests
@@ -106,10 +106,10 @@ class Bed:
     def _save_logs(self, destination: Path) -> None:
         """Copies the logs of the daemons and what guests said to files aside."""
         destination.mkdir(parents=True, exist_ok=True)
-        for log in [*self.dir.glob("**/log"), *self.dir.glob("*.console")]:
-            if log.is_file():
-                name = "-".join(log.relative_to(self.dir).parts)
-                shutil.copy(log, destination / name)
+        for path in files.below(self.dir):
+            if path.is_file() and (path.name == "log" or path.suffix == ".console"):
+                name = "-".join(path.relative_to(self.dir).parts)
+                shutil.copy(path, destination / name)
 
     def import_vm(self, behaviour: str, **options: str) -> str:
         """Builds the image of a guest and imports it for our snapshotter; returns its name in containerd."""
@@ -179,7 +179,7 @@ class Bed:
     def nothing_half_made(self) -> None:
         """Checks that no task, no machine's process and no record of one is there."""
         check(not self.containerd.tasks(), f"tasks are left: {self.containerd.tasks()}")
-        left = sorted(str(path) for path in self.ovms.runtime.glob("machines/**/*") if not path.is_dir())
+        left = sorted(map(str, files.below(self.ovms.runtime / "machines")))
         check(not left, f"records of machines are left: {left}")
         vmms = [name for name in process.descendants().values() if "ovms-vmm" in name]
         check(not vmms, f"VMMs are left: {vmms}")
@@ -190,10 +190,9 @@ class Bed:
         What is being unpacked lies in directories whose names begin with a dot.
         """
         found = {}
-        for path in sorted(self.ovms.state.rglob("*")):
-            shared = path.is_file() and ("layer" in path.name or path.suffix in (".data", ".raw", ".map", ".table")
-                                         or path.name in ("memory", "state"))
-            if shared and "top" not in path.name and not path.parent.name.startswith("."):
+        for path in sorted(files.below(self.ovms.state)):
+            shared = "layer" in path.name or path.suffix in (".data", ".raw", ".map", ".table") or path.name in ("memory", "state")
+            if path.is_file() and shared and "top" not in path.name and not path.parent.name.startswith("."):
                 with path.open("rb") as file:
                     found[str(path)] = hashlib.file_digest(file, "sha256").hexdigest()
         return found
