@@ -131,8 +131,8 @@ pub struct ConsoleConfig {
     pub output: Option<FdIndex>,
 }
 
-/// The walls that the VMM puts around itself once it holds its descriptors. Its namespaces (mount, pid, ipc, uts and,
-/// without `netns`, net) it was born in.
+/// The walls that the VMM puts around itself once it holds its descriptors. Its other namespaces (mount, pid, ipc,
+/// uts) it was born in.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct JailConfig {
@@ -140,8 +140,8 @@ pub struct JailConfig {
     pub uid: u32,
     /// Group id to become; not 0.
     pub gid: u32,
-    /// Network namespace to join before privileges go; none: it was born in an empty one.
-    pub netns: Option<FdIndex>,
+    /// Network namespace to join before privileges go: until then it is in the engine's.
+    pub netns: FdIndex,
     /// Host name inside the VMM's own UTS namespace.
     pub hostname: String,
     /// `RLIMIT_FSIZE` in bytes: how far the disk tops may grow.
@@ -280,12 +280,11 @@ fn check_disks(disks: &[DiskConfig]) -> Result<(), VmConfigError> {
 
 /// Every descriptor that the configuration names, with the field that names it.
 fn descriptors(config: &VmConfig) -> Vec<(String, FdIndex)> {
-    let mut all = vec![("kvm".to_owned(), config.kvm)];
+    let mut all = vec![("kvm".to_owned(), config.kvm), ("jail.netns".to_owned(), config.jail.netns)];
     let mut optional = vec![
         ("userfault", config.userfault),
         ("console.input", config.console.input),
         ("console.output", config.console.output),
-        ("jail.netns", config.jail.netns),
     ];
     match &config.start {
         StartConfig::Boot(boot) => optional.extend([("boot.kernel", Some(boot.kernel)), ("boot.initrd", boot.initrd)]),
@@ -333,7 +332,7 @@ mod tests {
             jail: JailConfig {
                 uid: 1000,
                 gid: 1000,
-                netns: None,
+                netns: 0,
                 hostname: "vm1".into(),
                 max_file_size: 1 << 40,
                 max_open_files: 512,

@@ -137,7 +137,7 @@ fn start(channel: &Channel, mut timeline: Recorder) -> Result<Started, StartErro
     timeline.passed("configuration");
     let (ram, host) = map_memory(config, &mut fds)?;
     let plan = plan(config, &mut fds, &host)?;
-    let netns = fds.take_optional(config.jail.netns)?;
+    let netns = fds.take(config.jail.netns)?;
     timeline.passed("map");
     jail::enter(&config.jail, netns)?;
     timeline.passed("jail");

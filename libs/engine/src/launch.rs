@@ -78,7 +78,7 @@ impl Packet {
             input: spec.stdio.stdin.take().map(|fd| fds.push(fd)),
             output: spec.stdio.stdout.take().map(|fd| fds.push(fd)),
         };
-        let netns = Some(fds.push(netns.open()?));
+        let netns = fds.push(netns.open()?);
         let hostname = if spec.hostname.is_empty() { spec.id.clone() } else { spec.hostname.clone() };
         let jail = JailConfig {
             uid: 0,

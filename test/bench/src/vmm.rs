@@ -55,10 +55,12 @@ impl Machine {
         let (channel, theirs) = Channel::pair()?;
         let mut command = Command::new(vmm);
         command.stdin(Stdio::null()).stdout(Stdio::null());
+        let netns = spawn::empty_netns();
         let child = spawn::jailed(command, theirs.into())?;
         let kvm = File::options().read(true).write(true).open("/dev/kvm")?;
         let userfault = File::options().read(true).write(true).open("/dev/userfaultfd").ok();
-        let mut fds: Vec<BorrowedFd<'_>> = vec![kvm.as_fd(), writer.as_fd()];
+        let netns = netns.join().map_err(|_| "the network namespace's thread panicked")??;
+        let mut fds: Vec<BorrowedFd<'_>> = vec![kvm.as_fd(), netns.as_fd(), writer.as_fd()];
         let mut add = |fd| {
             fds.push(fd);
             u32::try_from(fds.len() - 1).unwrap_or(u32::MAX)
@@ -159,11 +161,11 @@ fn config(memory: u64, start: StartConfig, userfault: Option<u32>) -> VmConfig {
         userfault,
         start,
         disks: Vec::new(),
-        console: ConsoleConfig { input: None, output: Some(1) },
+        console: ConsoleConfig { input: None, output: Some(2) },
         jail: JailConfig {
             uid: 1_899_999_999,
             gid: 1_899_999_999,
-            netns: None,
+            netns: 1,
             hostname: "bench".into(),
             max_file_size: 64 << 30,
             max_open_files: 512,

@@ -1,7 +1,6 @@
 //! The walls that the VMM puts around itself, once it holds every descriptor and before it hears of the guest.
 //!
-//! The engine gave the process new mount, pid, ipc and uts namespaces (and a net namespace where none is joined), and
-//! nothing but a control socket. [`enter`] does the rest, in an order in which each step still has the privileges it
+//! The engine gave the process new mount, pid, ipc and uts namespaces, and nothing but a control socket. [`enter`] does the rest, in an order in which each step still has the privileges it
 //! needs and none can be undone by a later one:
 //!
 //! ```text
@@ -51,10 +50,9 @@ const MAX_HOSTNAME: usize = 64;
 ///
 /// # Errors
 /// [`JailError`] names the first wall that does not stand.
-pub fn enter(config: &JailConfig, netns: Option<OwnedFd>) -> Result<(), JailError> {
-    if let Some(netns) = netns {
-        step("joining the network namespace", setns(netns.as_fd(), CloneFlags::CLONE_NEWNET))?;
-    }
+pub fn enter(config: &JailConfig, netns: OwnedFd) -> Result<(), JailError> {
+    step("joining the network namespace", setns(netns.as_fd(), CloneFlags::CLONE_NEWNET))?;
+    drop(netns);
     let hostname = config.hostname.as_bytes();
     let hostname = OsStr::from_bytes(hostname.get(..MAX_HOSTNAME).unwrap_or(hostname));
     step("setting the host name", sethostname(hostname))?;

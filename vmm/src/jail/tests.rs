@@ -13,7 +13,7 @@ fn config() -> JailConfig {
     JailConfig {
         uid: 64_123,
         gid: 64_124,
-        netns: None,
+        netns: 0,
         hostname: "h".repeat(70),
         max_file_size: 1 << 30,
         max_open_files: 64,
@@ -50,7 +50,7 @@ fn inside() {
     if std::env::var_os(ENV).is_none() {
         return;
     }
-    enter(&config(), None).unwrap();
+    enter(&config(), fs::File::open("/proc/self/ns/net").unwrap().into()).unwrap();
 
     assert_eq!(fs::read_dir("/").unwrap().count(), 0);
     assert_eq!(fs::read_dir("..").unwrap().count(), 0);
@@ -90,6 +90,6 @@ fn wrong_netns() {
         return;
     }
     let file = fs::File::open("/dev/null").unwrap();
-    let err = enter(&config(), Some(file.into())).unwrap_err();
+    let err = enter(&config(), file.into()).unwrap_err();
     assert!(err.to_string().contains("joining the network namespace"), "{err}");
 }

@@ -50,20 +50,20 @@ impl Setup {
             memory: 64 << 20,
             kvm: 0,
             userfault: None,
-            start: StartConfig::Boot(BootConfig { kernel: 1, initrd: None, cmdline: String::new() }),
+            start: StartConfig::Boot(BootConfig { kernel: 2, initrd: None, cmdline: String::new() }),
             disks: Vec::new(),
             console: ConsoleConfig::default(),
             jail: JailConfig {
                 uid: 64_000,
                 gid: 64_000,
-                netns: None,
+                netns: 1,
                 hostname: "test".into(),
                 max_file_size: 1 << 40,
                 max_open_files: 512,
             },
             log_level: "debug".into(),
         };
-        Self { config, fds: vec![kvm.into(), kernel.into()], may_lock: true }
+        Self { config, fds: vec![kvm.into(), empty_netns().into(), kernel.into()], may_lock: true }
     }
 
     /// One vCPU, 64 MiB, no disk, a console: goes on from a snapshot's unpacked files.
@@ -71,8 +71,8 @@ impl Setup {
         let mut setup = Self::new(state.into());
         setup.fds.push(memory);
         setup.config.start = StartConfig::Restore(RestoreConfig {
-            state: 1,
-            memory: 2,
+            state: 2,
+            memory: 3,
             working_set: None,
             record_working_set: None,
             mlock: false,
@@ -214,7 +214,7 @@ fn spawn_process(control: Channel, may_lock: bool) -> Child {
                     return Err(std::io::Error::last_os_error());
                 }
             }
-            let namespaces = libc::CLONE_NEWNS | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS | libc::CLONE_NEWNET;
+            let namespaces = libc::CLONE_NEWNS | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
             let done = if raw == 3 { libc::fcntl(3, libc::F_SETFD, 0) } else { libc::dup2(raw, 3) };
             if done < 0 || libc::unshare(namespaces) < 0 {
                 return Err(std::io::Error::last_os_error());
@@ -223,6 +223,15 @@ fn spawn_process(control: Channel, may_lock: bool) -> Child {
         });
     }
     process.spawn().expect("ovms-vmm")
+}
+
+/// A network namespace that the test itself does not join.
+fn empty_netns() -> File {
+    let make = || {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).expect("root");
+        File::open("/proc/thread-self/ns/net").unwrap()
+    };
+    std::thread::spawn(make).join().unwrap()
 }
 
 fn pipe() -> (File, File) {
