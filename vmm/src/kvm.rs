@@ -89,12 +89,12 @@ pub struct Vm {
 }
 
 impl Vm {
-    /// Makes a virtual machine with `ram` and a split interrupt controller: local APICs in the kernel, the IOAPIC
-    /// here, no PIC and no PIT.
+    /// Makes a virtual machine without memory and with a split interrupt controller: local APICs in the kernel, the
+    /// IOAPIC here, no PIC and no PIT.
     ///
     /// # Errors
     /// [`KvmError`].
-    pub fn new(device: OwnedFd, ram: &Ram) -> Result<Self, KvmError> {
+    pub fn new(device: OwnedFd) -> Result<Self, KvmError> {
         // SAFETY: the descriptor is owned by us and handed over; a wrong one only makes ioctls fail.
         let kvm = unsafe { Kvm::from_raw_fd(device.into_raw_fd()) };
         let version = kvm.get_api_version();
@@ -119,7 +119,6 @@ impl Vm {
         manual.args[0] = u64::from(KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET);
         let manual_dirty_log = fd.enable_cap(&manual).is_ok();
         let vm = Self { kvm, fd, manual_dirty_log };
-        vm.set_memory(ram)?;
         vm.set_reserved_pages()?;
         let mut split = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, ..Default::default() };
         split.args[0] = u64::from(layout::IOAPIC_PINS);
@@ -127,7 +126,11 @@ impl Vm {
         Ok(vm)
     }
 
-    fn set_memory(&self, ram: &Ram) -> Result<(), KvmError> {
+    /// Gives it `ram` as its memory. Where the MMU is shadowed the kernel takes the longer the larger that is.
+    ///
+    /// # Errors
+    /// [`KvmError`].
+    pub fn with_memory(self, ram: &Ram) -> Result<Self, KvmError> {
         for (slot, region) in (0u32..).zip(ram.memory().iter()) {
             let description = kvm_userspace_memory_region {
                 slot,
@@ -140,7 +143,7 @@ impl Vm {
             // overlap because regions do not.
             unsafe { self.fd.set_user_memory_region(description) }.map_err(failed("KVM_SET_USER_MEMORY_REGION"))?;
         }
-        Ok(())
+        Ok(self)
     }
 
     /// Pages that KVM needs for real mode on Intel processors without unrestricted guests; elsewhere they cost nothing.
@@ -206,8 +209,7 @@ mod tests {
 
     #[test]
     fn new_with_another_file_returns_version() {
-        let ram = Ram::map(32 << 20).unwrap();
         let file = File::open("/dev/null").unwrap();
-        assert!(matches!(Vm::new(file.into(), &ram), Err(KvmError::Version(_))));
+        assert!(matches!(Vm::new(file.into()), Err(KvmError::Version(_))));
     }
 }

@@ -104,7 +104,10 @@ impl Machine {
         let count = config.vcpus as u8;
         let device = fds.take(config.kvm)?;
         let cpuid = SupportedCpuid::ask(&device).map_err(BuildError::Threads)?;
-        let vm = Arc::new(Vm::new(device, &ram)?);
+        let vm = Vm::new(device)?;
+        timeline.passed("vm");
+        let vm = Arc::new(vm.with_memory(&ram)?);
+        timeline.passed("slots");
         let vcpus = (0..count).map(|index| Vcpu::new(&vm, index)).collect::<Result<Vec<_>, _>>()?;
         timeline.passed("kvm");
         let gate = Arc::new(Gate::new(vcpus.len()));

@@ -58,18 +58,23 @@ fn main() -> Result<()> {
         println!("{}", serde_json::json!({ "all_us": micros(bench.keep(&ram, runs)?), "machines": runs }));
         return Ok(());
     }
-    let (mut floors, mut vmms, mut steps) = (Vec::new(), Vec::new(), BTreeMap::<String, Vec<u64>>::new());
+    let (mut floors, mut slots, mut vmms) = (Vec::new(), Vec::new(), Vec::new());
+    let mut steps = BTreeMap::<String, Vec<u64>>::new();
     // The first pair warms the page cache and is not counted.
     for run in 0..=runs {
-        let least = floor(&bench.floor, bench.memory)?;
+        let (least, slot) = floor(&bench.floor, bench.memory)?;
         let (restore, timeline) = bench.restore(&ram)?;
         if run > 0 {
             floors.push(micros(least));
+            slots.push(slot);
             vmms.push(micros(restore));
             timeline.into_iter().for_each(|(step, at)| steps.entry(step).or_default().push(at));
         }
     }
-    println!("{}", serde_json::json!({ "floor_us": floors, "restore_us": vmms, "steps_us": steps }));
+    println!(
+        "{}",
+        serde_json::json!({ "floor_us": floors, "floor_slot_us": slots, "restore_us": vmms, "steps_us": steps })
+    );
     Ok(())
 }
 

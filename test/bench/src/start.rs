@@ -43,7 +43,7 @@ fn main() -> Result<()> {
     let (mut floors, mut vmms) = (Vec::new(), Vec::new());
     // The first pair warms the page cache and is not counted.
     for run in 0..=runs {
-        let pair = (floor(&bench.floor, bench.memory)?, bench.vmm()?);
+        let pair = (floor(&bench.floor, bench.memory)?.0, bench.vmm()?);
         if run > 0 {
             floors.push(micros(pair.0));
             vmms.push(micros(pair.1));

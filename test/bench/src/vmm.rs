@@ -19,15 +19,18 @@ pub(crate) fn micros(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
-/// Spawns the floor program with a slot of `memory` bytes and returns the time to its first byte.
-pub(crate) fn floor(program: &Path, memory: u64) -> Result<Duration> {
+/// Spawns the floor program with a slot of `memory` bytes and returns the time to its first byte, and how many
+/// microseconds of it the kernel took for the slot.
+pub(crate) fn floor(program: &Path, memory: u64) -> Result<(Duration, u64)> {
     let (mut reader, writer) = pipe()?;
     let began = Instant::now();
     let mut child = Command::new(program).arg(memory.to_string()).stdout(writer).spawn()?;
     reader.read_exact(&mut [0])?;
     let took = began.elapsed();
+    let mut slot = String::new();
+    reader.read_to_string(&mut slot)?;
     child.wait()?;
-    Ok(took)
+    Ok((took, slot.parse()?))
 }
 
 /// What a machine comes from.

@@ -230,7 +230,7 @@ mod tests {
         let kvm = File::options().read(true).write(true).open("/dev/kvm").unwrap();
         let kvm = kvm.into();
         let supported = SupportedCpuid::ask(&kvm).unwrap().wait().unwrap();
-        let vm = Vm::new(kvm, &ram).unwrap();
+        let vm = Vm::new(kvm).unwrap().with_memory(&ram).unwrap();
         let vcpu = Vcpu::new(&vm, index).unwrap();
         let topology = Topology { vcpus: 2, tsc_deadline: vm.has_tsc_deadline_timer() };
         vcpu.lock().set_cpuid2(&cpuid::for_vcpu(supported.as_slice(), topology, index).unwrap()).unwrap();
