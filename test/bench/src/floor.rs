@@ -1,8 +1,8 @@
 //! The floor under the start of a machine: the least that any program must do to see a guest's first byte. It opens
 //! `/dev/kvm`, makes a VM with one memory slot of the size given in bytes as its only argument and one vCPU, runs three
 //! real-mode instructions, and copies the byte of the guest's first port write to stdout. The benches divide by its
-//! time; whatever gets better in the kernel gets better on both sides of the ratio. The byte is sent before anything is taken
-//! down, so that no end of a machine counts as a part of its start. Behind the byte it prints how many
+//! time; whatever gets better in the kernel gets better on both sides of the ratio. The byte is sent before anything is
+//! taken down, so that no end of a machine counts as a part of its start. Behind the byte it prints how many
 //! microseconds KVM_SET_USER_MEMORY_REGION took.
 
 #[allow(unsafe_code, reason = "mmap and KVM_SET_USER_MEMORY_REGION")]
