@@ -246,12 +246,9 @@ _UNBOUNDED = 0
 
 
 def _standstill() -> Iterator[Figure]:
-    for mib in _SIZES:
-        yield from _stood("booted", "", _TMPFS, mib, _WRITTEN)
-    for mib in _SIZES:
-        yield from _stood("clone", ", RAM on tmpfs", _TMPFS, mib, _WRITTEN)
-    for mib in _SIZES:
-        yield from _stood("clone", ", RAM on disk", _DISK, mib, _WRITTEN)
+    for kind, where, below in (("booted", "", _TMPFS), ("clone", ", RAM on tmpfs", _TMPFS), ("clone", ", RAM on disk", _DISK)):
+        for mib in _SIZES:
+            yield from _stood(kind, where, below, mib, _WRITTEN)
     yield from _stood("clone", ", RAM on disk", _DISK, 2048, _UNBOUNDED)
 
 

@@ -132,4 +132,5 @@ def removed_images_leave_no_snapshots(bed: Bed) -> None:
 
     process.until("no snapshot is left", lambda: len(
         bed.containerd.ctr("snapshots", "--snapshotter", "ovms", "ls").out.splitlines()) == 1, bed.patience)
-    process.until("the layers' files are gone", lambda: not [path for path in files.below(store) if path.name == "busybox"], bed.patience)
+    process.until("the layers' files are gone", lambda: not [path for path in files.below(store) if path.match("bin/busybox")],
+                  bed.patience)

@@ -20,7 +20,8 @@ def _gone(bed: Bed, *images: str) -> None:
     """Removes images, and waits until nothing of their RAM is left."""
     bed.containerd.ctr("images", "rm", "--sync", *images)
     process.until("RAM is removed", lambda: not _unpacked(bed), bed.patience)
-    left = files.below(bed.ovms.runtime / "ram") + list((bed.ovms.state / "tmp").iterdir())
+    shared = bed.ovms.runtime / "ram"
+    left = [path for path in files.below(shared) if path.parent != shared] + list((bed.ovms.state / "tmp").iterdir())
     check(not left, f"left: {left}")
 
 

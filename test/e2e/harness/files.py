@@ -7,5 +7,5 @@ from pathlib import Path
 
 
 def below(directory: Path) -> list[Path]:
-    """The files below a directory. What goes away while it is looked at is left out; pathlib's glob breaks then."""
-    return [Path(root) / name for root, _, names in os.walk(directory) for name in names]
+    """Files and directories below one. What goes away while it is looked at is left out; pathlib's glob breaks then."""
+    return [Path(root) / name for root, directories, names in os.walk(directory) for name in (*directories, *names)]
