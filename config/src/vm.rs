@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 /// The format of [`VmConfig`]; both sides come from one build, so any other number is a mixed installation.
-pub const VM_CONFIG_VERSION: u32 = 1;
+pub const VM_CONFIG_VERSION: u32 = 2;
 /// The most vCPUs of a machine.
 pub const MAX_VCPUS: u32 = 32;
 /// The least memory of a machine in bytes.
@@ -40,6 +40,10 @@ pub struct VmConfig {
     pub memory: u64,
     /// `/dev/kvm`.
     pub kvm: FdIndex,
+    /// What that answers to KVM_GET_SUPPORTED_CPUID: a file of `struct kvm_cpuid_entry2` (40 bytes; the kernel's
+    /// arch/x86/include/uapi/asm/kvm.h), one behind the other. The VMM does not ask itself, because KVM keeps a whole
+    /// processor for the answer, and the rest of a machine's building waits for that.
+    pub cpuid: FdIndex,
     /// `/dev/userfaultfd`, for the barrier that holds writers back while a snapshot is taken; none: the host lacks it.
     pub userfault: Option<FdIndex>,
     /// How the machine comes to life.
@@ -280,7 +284,8 @@ fn check_disks(disks: &[DiskConfig]) -> Result<(), VmConfigError> {
 
 /// Every descriptor that the configuration names, with the field that names it.
 fn descriptors(config: &VmConfig) -> Vec<(String, FdIndex)> {
-    let mut all = vec![("kvm".to_owned(), config.kvm), ("jail.netns".to_owned(), config.jail.netns)];
+    let always = [("kvm", config.kvm), ("cpuid", config.cpuid), ("jail.netns", config.jail.netns)];
+    let mut all: Vec<_> = always.map(|(what, index)| (what.to_owned(), index)).into();
     let mut optional = vec![
         ("userfault", config.userfault),
         ("console.input", config.console.input),
@@ -318,6 +323,7 @@ mod tests {
             vcpus: 2,
             memory: 512 << 20,
             kvm: 0,
+            cpuid: 0,
             userfault: None,
             start: StartConfig::Boot(BootConfig { kernel: 1, initrd: None, cmdline: "console=ttyS0".into() }),
             disks: vec![DiskConfig {
@@ -353,7 +359,7 @@ mod tests {
     #[test]
     fn each_bound_is_kept() {
         type Change = fn(&mut VmConfig);
-        let cases: [(Change, &str); 12] = [
+        let cases: [(Change, &str); 13] = [
             (|c| c.version = 9, "version 9"),
             (|c| c.vcpus = 0, "not 0"),
             (|c| c.vcpus = 33, "not 33"),
@@ -378,6 +384,7 @@ mod tests {
                 },
                 "restore.memory names descriptor 8 of 6",
             ),
+            (|c| c.cpuid = 6, "cpuid names descriptor 6 of 6"),
             (|c| c.disks[0].layers = vec![9], "disks[0].layers names descriptor 9 of 6"),
             (|c| c.disks[0].serial = "x".repeat(21), "disk 0"),
             (|c| c.jail.uid = 0, "group 0"),

@@ -5,27 +5,26 @@
 //! against 0.2). So memory slots come first, the split irqchip registers nothing, and ioeventfds come when a guest
 //! first enables a device.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
-use std::thread::{Builder, JoinHandle};
+use std::os::unix::fs::FileExt;
 
 use kvm_bindings::{
-    kvm_enable_cap, kvm_userspace_memory_region, CpuId, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_CAP_SPLIT_IRQCHIP,
-    KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_MAX_CPUID_ENTRIES,
+    kvm_cpuid_entry2, kvm_enable_cap, kvm_userspace_memory_region, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
+    KVM_CAP_SPLIT_IRQCHIP, KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_MAX_CPUID_ENTRIES,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use thiserror::Error;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::errno;
+use zerocopy::FromBytes;
 
 use crate::layout;
 use crate::memory::Ram;
 
 /// The only version there has ever been (Documentation/virt/kvm/api.rst, 4.1).
 const API_VERSION: i32 = 12;
-
-/// Bytes of stack of a thread that makes one call.
-const STACK_BYTES: usize = 64 << 10;
 
 /// Why KVM cannot run the machine.
 #[derive(Debug, Error)]
@@ -36,6 +35,9 @@ pub enum KvmError {
     /// Something that boot cannot do without.
     #[error("the host's KVM lacks {0}: a kernel from Linux 4.7 on has it")]
     Missing(&'static str),
+    /// What the processors can offer was not passed.
+    #[error("the answer to KVM_GET_SUPPORTED_CPUID that was passed cannot be read")]
+    Cpuid(#[source] io::Error),
     /// A call failed.
     #[error("{call} failed")]
     Call {
@@ -52,33 +54,24 @@ pub(crate) fn failed(call: &'static str) -> impl FnOnce(errno::Error) -> KvmErro
     move |source| KvmError::Call { call, source }
 }
 
-/// What the host's processors can offer to guests, asked for on a thread of its own: KVM takes 0.3 ms for the answer,
-/// as long as for all of the machine that is built meanwhile.
-pub struct SupportedCpuid(JoinHandle<Result<CpuId, KvmError>>);
-
-impl SupportedCpuid {
-    /// Asks `device`, an open /dev/kvm.
-    ///
-    /// # Errors
-    /// No descriptor or thread can be had.
-    pub fn ask(device: &OwnedFd) -> io::Result<Self> {
-        let device = device.try_clone()?;
-        let ask = move || {
-            // SAFETY: the descriptor is owned by us and handed over; a wrong one only makes the ioctl fail.
-            let kvm = unsafe { Kvm::from_raw_fd(device.into_raw_fd()) };
-            kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(failed("KVM_GET_SUPPORTED_CPUID"))
-        };
-        Builder::new().name("cpuid".into()).stack_size(STACK_BYTES).spawn(ask).map(Self)
+/// What the host's processors can offer to guests, from `VmConfig::cpuid`.
+///
+/// # Errors
+/// [`KvmError::Cpuid`]: the file has no entries, a part of one, or more than KVM has.
+pub fn read_supported_cpuid(file: &File) -> Result<Vec<kvm_cpuid_entry2>, KvmError> {
+    const ENTRY: usize = size_of::<kvm_cpuid_entry2>();
+    let mut bytes = vec![0; (KVM_MAX_CPUID_ENTRIES + 1) * ENTRY];
+    let length = file.read_at(&mut bytes, 0).map_err(KvmError::Cpuid)?;
+    let (entries, rest) = bytes.get(..length).unwrap_or_default().as_chunks::<ENTRY>();
+    if !rest.is_empty() || !(1..=KVM_MAX_CPUID_ENTRIES).contains(&entries.len()) {
+        let what = format!("it has {length} bytes, not 1 to {KVM_MAX_CPUID_ENTRIES} entries of {ENTRY}");
+        return Err(KvmError::Cpuid(io::Error::new(io::ErrorKind::InvalidData, what)));
     }
-
-    /// Waits for the answer.
-    ///
-    /// # Errors
-    /// [`KvmError::Call`].
-    pub fn wait(self) -> Result<CpuId, KvmError> {
-        let panicked = |_| failed("KVM_GET_SUPPORTED_CPUID")(errno::Error::new(libc::EFAULT));
-        self.0.join().map_err(panicked)?
-    }
+    entries
+        .iter()
+        .map(|entry| kvm_cpuid_entry2::read_from_bytes(entry))
+        .collect::<Result<_, _>>()
+        .map_err(|_| KvmError::Cpuid(io::ErrorKind::InvalidData.into()))
 }
 
 /// A virtual machine without processors.
@@ -205,7 +198,22 @@ impl Vm {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::fs::File;
+    use zerocopy::IntoBytes;
+
+    #[test]
+    fn cpuid_is_read_entry_by_entry_and_anything_else_refused() {
+        let read = |bytes: &[u8]| {
+            let file = tempfile::tempfile().unwrap();
+            file.write_all_at(bytes, 0).unwrap();
+            read_supported_cpuid(&file)
+        };
+        let entries = [1u32, 2].map(|function| kvm_cpuid_entry2 { function, edx: 7, ..Default::default() });
+        assert_eq!(read(entries.as_bytes()).unwrap(), entries);
+        for length in [0, 39, 41, 257 * 40] {
+            let err = read(&vec![0; length]).unwrap_err();
+            assert!(crate::report::chain(&err).contains("not 1 to 256 entries of 40"), "{length}: {err}");
+        }
+    }
 
     #[test]
     fn new_with_another_file_returns_version() {

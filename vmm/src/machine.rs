@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::time::Instant;
 
-use kvm_bindings::CpuId;
+use kvm_bindings::kvm_cpuid_entry2;
 use ovms_config::vm::VmSpec;
 use ovms_devices::machine::{EventSink, MachineEvent};
 use ovms_devices::threads::Spawner;
@@ -17,7 +17,7 @@ use crate::acpi::{self, AcpiError};
 use crate::boot::{self, BootError, Payload};
 use crate::cpuid::{self, Topology};
 use crate::fds::{FdError, Fds};
-use crate::kvm::{failed, KvmError, SupportedCpuid, Vm};
+use crate::kvm::{self, failed, KvmError, Vm};
 use crate::mailbox::{Mail, Sender};
 use crate::memory::Ram;
 use crate::report;
@@ -103,13 +103,15 @@ impl Machine {
         let config = spec.config();
         let count = config.vcpus as u8;
         let device = fds.take(config.kvm)?;
-        let cpuid = SupportedCpuid::ask(&device).map_err(BuildError::Threads)?;
+        let supported = kvm::read_supported_cpuid(&fds.take_file(config.cpuid)?)?;
         let vm = Vm::new(device)?;
         timeline.passed("vm");
         let vm = Arc::new(vm.with_memory(&ram)?);
         timeline.passed("slots");
         let vcpus = (0..count).map(|index| Vcpu::new(&vm, index)).collect::<Result<Vec<_>, _>>()?;
         timeline.passed("kvm");
+        let cpuid = describe_processors(&vm, &vcpus, &supported, saved)?;
+        timeline.passed("cpuid");
         let gate = Arc::new(Gate::new(vcpus.len()));
         let environment = Environment {
             vm: &vm,
@@ -140,8 +142,6 @@ impl Machine {
             .map_err(BuildError::Threads)?;
         timeline.passed("threads");
         let paused = AtomicBool::new(false);
-        let cpuid = describe_processors(&vm, &vcpus, &cpuid.wait()?, saved)?;
-        timeline.passed("cpuid");
         if let Some(saved) = saved {
             saved.check_machine(&devices)?;
         }
@@ -273,17 +273,17 @@ impl Machine {
 fn describe_processors(
     vm: &Vm,
     vcpus: &[Vcpu],
-    supported: &CpuId,
+    supported: &[kvm_cpuid_entry2],
     saved: Option<&Saved>,
 ) -> Result<Vec<CpuidEntry>, BuildError> {
     let topology = Topology { vcpus: vcpus.len() as u8, tsc_deadline: vm.has_tsc_deadline_timer() };
-    let own = saved::print_of(&cpuid::for_vcpu(supported.as_slice(), topology, 0)?);
+    let own = saved::print_of(&cpuid::for_vcpu(supported, topology, 0)?);
     let shown = match saved {
         Some(saved) => {
             saved.check_host(&saved::host(vm, vcpus, &own))?;
             saved.cpuid()
         }
-        None => supported.as_slice().to_vec(),
+        None => supported.to_vec(),
     };
     for vcpu in vcpus {
         let cpuid = cpuid::for_vcpu(&shown, topology, vcpu.index())?;

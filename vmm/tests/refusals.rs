@@ -41,6 +41,15 @@ fn a_file_that_is_not_dev_kvm_is_refused() {
 
 #[test]
 #[ignore = "needs /dev/kvm"]
+fn an_answer_of_kvm_that_is_none_is_refused() {
+    let mut setup = Setup::new(guest("hello"));
+    setup.fds[1] = File::open("/dev/null").unwrap().into();
+    let message = setup.refused();
+    assert!(message.contains("KVM_GET_SUPPORTED_CPUID that was passed cannot be read: it has 0 bytes"), "{message}");
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
 fn a_wrong_configuration_is_refused() {
     let message = Setup::new(guest("hello")).memory(1 << 20).refused();
     assert!(message.contains("32 MiB to 1 TiB"), "{message}");

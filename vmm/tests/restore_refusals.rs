@@ -28,7 +28,8 @@ fn with_state(snapshot: &Snapshot, bytes: &[u8]) -> Setup {
     let state = tempfile::tempfile().unwrap();
     state.write_all_at(bytes, 0).unwrap();
     let mut setup = snapshot.setup();
-    setup.fds[2] = OwnedFd::from(state);
+    let index = setup.restore_config().state;
+    setup.fds[index as usize] = OwnedFd::from(state);
     setup
 }
 
@@ -68,7 +69,8 @@ fn another_machine_is_refused_and_named() {
     let memory = tempfile::tempfile().unwrap();
     memory.set_len(32 << 20).unwrap();
     let mut setup = snapshot.setup().memory(32 << 20);
-    setup.fds[3] = memory.into();
+    let index = setup.restore_config().memory;
+    setup.fds[index as usize] = memory.into();
     let (kind, message) = setup.refused_as();
     assert!(message.contains("with 67108864 bytes of memory, this one has 33554432"), "{message}");
     assert_eq!(kind, FailureKind::Incompatible);

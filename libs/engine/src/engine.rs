@@ -8,13 +8,13 @@ use ovms_config::Settings;
 use ovms_proto::control::{ExitReason, FailureKind};
 use ovms_proto::Channel;
 
+use crate::ahead::Ahead;
 use crate::cgroup::{self, Bounds, Cgroup};
 use crate::error::{Error, Kind, Result};
 use crate::launch::Packet;
 use crate::log::{self, LogPipe};
 use crate::machine::{limit_sends, with_overhead, ExitInfo, Machine, State, DEATH};
 use crate::monitor;
-use crate::netns::Netns;
 use crate::process::{self, find_vmm, Cradle, Process, Report};
 use crate::record::{self, check_name, Claim, Record, Slot};
 use crate::serve::Server;
@@ -73,7 +73,7 @@ impl Engine {
             _ => PathBuf::from(format!("ovms/{}-{}", spec.namespace, spec.id)),
         };
         let vmm = find_vmm(&self.settings)?;
-        let netns = Netns::begin(spec.netns.as_deref())?;
+        let ahead = Ahead::begin(&self.settings.paths.kvm, spec.netns.as_deref())?;
         let slot = SlotGuard(Some(self.claim(&spec)?));
         let since = |at: Instant| micros(at.saturating_duration_since(began));
         let mut timeline: Vec<_> = spec.passed.drain(..).map(|(step, at)| (step, since(at))).collect();
@@ -86,7 +86,7 @@ impl Engine {
         // Its program starts while we open its files.
         let born = BornGuard(Some(spawn(&vmm, &spec, cgroup.get()?)?));
         timeline.push((SPAWNED.to_owned(), micros(began.elapsed())));
-        let mut packet = Packet::open(&mut spec, netns, &self.settings)?;
+        let mut packet = Packet::open(&mut spec, ahead, &self.settings)?;
         timeline.push(("files".to_owned(), micros(began.elapsed())));
         let uid = UidLease::take(&self.settings.paths.runtime, &self.settings.jail)?;
         (packet.config.jail.uid, packet.config.jail.gid) = (uid.uid(), uid.uid());

@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use ovms_bundle::{Bundle, DiskFiles, Holder, Manifest, MAX_FROZEN};
 use ovms_config::vm::{
@@ -14,8 +14,8 @@ use ovms_config::vm::{
 use ovms_config::Settings;
 use ovms_proto::channel::MAX_FDS;
 
+use crate::ahead::{Ahead, HostFiles};
 use crate::error::{Error, Kind, Result};
-use crate::netns::Netns;
 use crate::ram_lock::RamLock;
 use crate::record;
 use crate::restore::{self, Resume};
@@ -49,9 +49,8 @@ pub(crate) struct Packet {
 
 impl Packet {
     /// Opens everything. The spec's stdin and stdout move into the packet. `uid` is filled in later.
-    pub(crate) fn open(spec: &mut CreateSpec, netns: Netns, settings: &Settings) -> Result<Self> {
+    pub(crate) fn open(spec: &mut CreateSpec, ahead: Ahead, settings: &Settings) -> Result<Self> {
         let mut fds = FdList::default();
-        let kvm = fds.push(open_kvm(&settings.paths.kvm)?);
         let holder = Holder {
             text: format!("machine {}/{}, held by process {}", spec.namespace, spec.id, std::process::id()),
             socket: Some(record::socket(&settings.paths.runtime, &spec.namespace, &spec.id)),
@@ -78,7 +77,8 @@ impl Packet {
             input: spec.stdio.stdin.take().map(|fd| fds.push(fd)),
             output: spec.stdio.stdout.take().map(|fd| fds.push(fd)),
         };
-        let netns = fds.push(netns.open()?);
+        let HostFiles { kvm, cpuid, netns } = ahead.wait()?;
+        let (kvm, cpuid, netns) = (fds.push(kvm), fds.push(cpuid), fds.push(netns));
         let hostname = if spec.hostname.is_empty() { spec.id.clone() } else { spec.hostname.clone() };
         let jail = JailConfig {
             uid: 0,
@@ -102,6 +102,7 @@ impl Packet {
             vcpus: size.vcpus,
             memory: size.memory,
             kvm,
+            cpuid,
             userfault,
             start,
             disks,
@@ -207,20 +208,6 @@ fn join_cmdline(image: &str, extra: Option<&str>) -> Result<String> {
     }
 }
 
-fn open_kvm(path: &Path) -> Result<File> {
-    File::options().read(true).write(true).open(path).map_err(|err| {
-        let help = match err.kind() {
-            io::ErrorKind::NotFound => {
-                "is missing: switch virtualization on in the firmware and load kvm_intel or kvm_amd; in a virtual machine, \
-                 ask for nested virtualization"
-            }
-            io::ErrorKind::PermissionDenied => "may not be opened: run as root, or as a member of the group kvm",
-            _ => "cannot be opened",
-        };
-        Error::new(Kind::Unavailable, format!("the hypervisor device {} {help}", path.display())).because(err)
-    })
-}
-
 pub(crate) fn bundle_error(err: ovms_bundle::Error) -> Error {
     Error::new(bundle_kind(&err), "the machine's files cannot be opened").because(err)
 }
@@ -275,12 +262,5 @@ mod tests {
         let device = r#","devices":[{"type":"ivshmem","name":"mmio0","size":4096,"mmio_addr":"0x100000000"}]"#;
         let err = check_manifest(&manifest(device)).unwrap_err();
         assert!(err.to_string().contains("the device mmio0 of type ivshmem"), "{err}");
-    }
-
-    #[test]
-    fn open_kvm_missing_returns_what_to_do() {
-        let err = open_kvm(Path::new("/no/such/kvm")).unwrap_err();
-        assert_eq!(err.kind(), Kind::Unavailable);
-        assert!(err.to_string().contains("load kvm_intel or kvm_amd"), "{err}");
     }
 }

@@ -42,32 +42,32 @@ fn no_vmm(place: &str) -> Error {
 }
 
 /// Where a VMM is born.
-pub(crate) struct Cradle<'a> {
+pub struct Cradle<'a> {
     /// The program.
-    pub(crate) program: &'a Path,
+    pub program: &'a Path,
     /// Shown by `ps`.
-    pub(crate) id: &'a str,
+    pub id: &'a str,
     /// The VMM's end of the control socket.
-    pub(crate) control: OwnedFd,
+    pub control: OwnedFd,
     /// Its stderr.
-    pub(crate) log: OwnedFd,
+    pub log: OwnedFd,
     /// Its cgroup.
-    pub(crate) birthplace: &'a Birthplace,
+    pub birthplace: &'a Birthplace,
 }
 
 /// A VMM process that has not been reaped.
 #[derive(Debug)]
-pub(crate) struct Process {
+pub struct Process {
     id: ProcessId,
     pidfd: OwnedFd,
 }
 
 /// How far a spawned program has come: closed without a word once `execve` has worked.
-pub(crate) struct Report(File);
+pub struct Report(File);
 
 impl Report {
     /// Waits for the `execve`.
-    pub(crate) fn read(mut self, program: &Path) -> Result<()> {
+    pub fn read(mut self, program: &Path) -> Result<()> {
         let mut errno = [0; 4];
         match self.0.read_exact(&mut errno) {
             Err(err) if err.kind() == io::ErrorKind::UnexpectedEof => Ok(()),
@@ -86,7 +86,7 @@ impl Report {
 
 impl Process {
     /// Spawns a VMM. It closes its stray descriptors, leads a session of its own, and has an empty environment.
-    pub(crate) fn spawn(cradle: Cradle<'_>) -> Result<(Self, Report)> {
+    pub fn spawn(cradle: Cradle<'_>) -> Result<(Self, Report)> {
         let error = || Error::io("the VMM cannot be spawned");
         let program = c_string(cradle.program.as_os_str().as_bytes())?;
         let words = [c_string(VMM_BINARY.as_bytes())?, c_string(b"--id")?, c_string(cradle.id.as_bytes())?];
@@ -132,12 +132,12 @@ impl Process {
     }
 
     /// Sends SIGKILL; no error if it is gone.
-    pub(crate) fn kill(&self) -> io::Result<()> {
+    pub fn kill(&self) -> io::Result<()> {
         kill(self.pidfd())
     }
 
     /// Waits for the end and takes its status; `None` if somebody else has taken it.
-    pub(crate) fn reap(&self) -> Option<WaitStatus> {
+    pub fn reap(&self) -> Option<WaitStatus> {
         loop {
             match waitid(Id::PIDFd(self.pidfd()), WaitPidFlag::WEXITED) {
                 Ok(status) => return Some(status),

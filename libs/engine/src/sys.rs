@@ -1,6 +1,7 @@
-//! Birth of a VMM by `clone3`, and its pidfd: calls for which neither the standard library nor nix has a wrapper.
+//! Birth of a VMM by `clone3`, its pidfd, what KVM supports: calls for which neither the standard library nor nix has a wrapper.
 
 use std::ffi::CStr;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
@@ -17,7 +18,7 @@ const REPORT_FD: RawFd = 4;
 /// `CLONE_CLEAR_SIGHAND` and `CLONE_INTO_CGROUP` of the kernel's include/uapi/linux/sched.h (libc's do not fit their type).
 const CLONE_CLEAR_SIGHAND: u64 = 1 << 32;
 const CLONE_INTO_CGROUP: u64 = 1 << 33;
-/// The namespaces that a VMM is born in. It joins its network namespace itself, once that is made (`netns.rs`).
+/// The namespaces that a VMM is born in. It joins its network namespace itself, once that is made (`ahead.rs`).
 const NAMESPACES: c_int = libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
 
 /// `struct clone_args` of include/uapi/linux/sched.h, as of its second version (88 bytes).
@@ -162,6 +163,30 @@ pub(crate) fn duplicate_above(fd: BorrowedFd<'_>, floor: RawFd) -> io::Result<Ow
     }
     // SAFETY: the kernel has made this descriptor for us.
     Ok(unsafe { OwnedFd::from_raw_fd(copy) })
+}
+
+/// `KVM_GET_SUPPORTED_CPUID` of the kernel's include/uapi/linux/kvm.h.
+const KVM_GET_SUPPORTED_CPUID: libc::Ioctl = 0xc008_ae05_u32 as libc::Ioctl;
+/// `KVM_MAX_CPUID_ENTRIES` of arch/x86/include/asm/kvm_host.h.
+const MAX_CPUID_ENTRIES: usize = 256;
+/// Bytes of `struct kvm_cpuid_entry2` of arch/x86/include/uapi/asm/kvm.h.
+const CPUID_ENTRY: usize = 40;
+
+/// What the host's processors can offer to guests: `struct kvm_cpuid_entry2`, one behind the other.
+pub(crate) fn supported_cpuid(kvm: &File) -> io::Result<Vec<u8>> {
+    /// `struct kvm_cpuid2`.
+    #[repr(C)]
+    struct Cpuid {
+        count: u32,
+        padding: u32,
+        entries: [[u8; CPUID_ENTRY]; MAX_CPUID_ENTRIES],
+    }
+    let mut all = Cpuid { count: MAX_CPUID_ENTRIES as u32, padding: 0, entries: [[0; CPUID_ENTRY]; MAX_CPUID_ENTRIES] };
+    // SAFETY: the kernel writes at most as many entries as `count` says there is room for.
+    if unsafe { libc::ioctl(kvm.as_raw_fd(), KVM_GET_SUPPORTED_CPUID, &raw mut all) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(all.entries.iter().take(all.count as usize).flatten().copied().collect())
 }
 
 /// `MADV_POPULATE_READ` of the kernel's include/uapi/asm-generic/mman-common.h, since Linux 5.14.

@@ -11,8 +11,6 @@
 //!
 //! Usage: `ovms-bench-restore VMM FLOOR KERNEL MEMORY RUNS DIR [mlock|keep]`
 
-#[allow(unsafe_code, reason = "unshare, setns and the child's descriptor 3")]
-mod spawn;
 #[allow(dead_code, reason = "shared with the other benches")]
 mod vmm;
 
@@ -82,7 +80,7 @@ impl Bench {
     /// Boots the guest, takes its snapshot, unpacks it and waits until a restored guest can tell.
     fn take(&self, dir: &Path, cmdline: &str) -> Result<Ram> {
         let kernel = File::open(&self.kernel)?;
-        let mut machine = Machine::create(&self.vmm, self.memory, &Source::Kernel(&kernel, cmdline), false)?;
+        let mut machine = Machine::create(&self.vmm, vmm::host()?, self.memory, &Source::Kernel(&kernel, cmdline), false)?;
         machine.ask(Ask::Run, &[])?;
         machine.expect("waiting\n")?;
         let create = |name: &str| File::options().read(true).write(true).create_new(true).open(dir.join(name));
@@ -98,9 +96,10 @@ impl Bench {
     }
 
     fn restore(&self, ram: &Ram) -> Result<(Duration, Vec<(String, u64)>)> {
+        let host = vmm::host()?;
         let began = Instant::now();
         let source = Source::Ram(&ram.state, &ram.memory, None);
-        let mut machine = Machine::create(&self.vmm, self.memory, &source, self.mlock)?;
+        let mut machine = Machine::create(&self.vmm, host, self.memory, &source, self.mlock)?;
         machine.ask(Ask::Run, &[])?;
         machine.first_byte()?;
         let took = began.elapsed();
@@ -114,7 +113,7 @@ impl Bench {
         let began = Instant::now();
         for _ in 0..count {
             let source = Source::Ram(&ram.state, &ram.memory, None);
-            let mut machine = Machine::create(&self.vmm, self.memory, &source, self.mlock)?;
+            let mut machine = Machine::create(&self.vmm, vmm::host()?, self.memory, &source, self.mlock)?;
             machine.ask(Ask::Run, &[])?;
             machine.first_byte()?;
             machines.push(machine);

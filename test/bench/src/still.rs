@@ -5,8 +5,6 @@
 //!
 //! Usage: `ovms-bench-still VMM KERNEL MEMORY booted|clone DIR RATE SNAPSHOTS`
 
-#[allow(unsafe_code, reason = "unshare, setns and the child's descriptor 3")]
-mod spawn;
 #[allow(dead_code, reason = "shared with the other benches")]
 mod vmm;
 
@@ -65,7 +63,8 @@ impl Bench {
     fn booted(&self) -> Result<Machine> {
         let cmdline = format!("fill={} disk=0 dirty={PAGES} period=1 rate={}", (self.memory / 2) >> 20, self.rate);
         let kernel = File::open(&self.kernel)?;
-        let mut machine = Machine::create(&self.vmm, self.memory, &Source::Kernel(&kernel, &cmdline), false)?;
+        let mut machine =
+            Machine::create(&self.vmm, vmm::host()?, self.memory, &Source::Kernel(&kernel, &cmdline), false)?;
         machine.ask(Ask::Run, &[])?;
         count(&mut machine)?;
         Ok(machine)
@@ -82,7 +81,8 @@ impl Bench {
         unpack(vec![Blob::open(blob)?], &[String::new()], (&memory, &state), 2, limits, &mut |_, _| true)?;
         fs::remove_file(self.dir.join("blob"))?;
         let (state, memory) = (File::open(self.dir.join("state"))?, File::open(self.dir.join("memory"))?);
-        let mut machine = Machine::create(&self.vmm, self.memory, &Source::Ram(&state, &memory, None), false)?;
+        let mut machine =
+            Machine::create(&self.vmm, vmm::host()?, self.memory, &Source::Ram(&state, &memory, None), false)?;
         machine.ask(Ask::Run, &[])?;
         let first = count(&mut machine)?;
         while (count(&mut machine)? - first) * PAGES * PAGE < self.memory / 2 {}

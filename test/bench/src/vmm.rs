@@ -1,18 +1,19 @@
-//! What is measured: a VMM as the engine starts it, but for the cgroup, whose move is a figure of its own, and the floor
-//! beside it.
+//! What is measured: a VMM as the engine starts it (`ovms_engine::birth`), but for the cgroup, whose move is a figure of
+//! its own, and the floor beside it.
 
 use std::fs::File;
-use std::io::{pipe, PipeReader, Read};
+use std::io::{pipe, stderr, PipeReader, Read};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use ovms_config::vm::{BootConfig, ConsoleConfig, JailConfig, RestoreConfig, StartConfig, VmConfig, VM_CONFIG_VERSION};
+use ovms_engine::birth::{Ahead, Birthplace, Cradle, HostFiles, Process};
 use ovms_proto::control::{Answer, Command as Ask, Event, FromVmm, Request, SnapshotCommand, SnapshotReport, Timeline};
 use ovms_proto::Channel;
 
-use crate::{spawn, Result};
+use crate::Result;
 
 /// A time as it is printed.
 pub(crate) fn micros(time: Duration) -> u64 {
@@ -43,7 +44,7 @@ pub(crate) enum Source<'a> {
 
 /// A machine.
 pub(crate) struct Machine {
-    child: Child,
+    process: Process,
     channel: Channel,
     console: PipeReader,
     asked: u64,
@@ -51,19 +52,31 @@ pub(crate) struct Machine {
     pub(crate) timeline: Timeline,
 }
 
+/// What the engine begins before it makes a VMM's cgroup and spawns it.
+pub(crate) fn host() -> Result<HostFiles> {
+    Ok(Ahead::begin(Path::new("/dev/kvm"), None)?.wait()?)
+}
+
 impl Machine {
     /// Starts a VMM and waits until its machine is built; the vCPUs stand still.
-    pub(crate) fn create(vmm: &Path, memory: u64, source: &Source<'_>, mlock: bool) -> Result<Self> {
+    pub(crate) fn create(
+        vmm: &Path,
+        HostFiles { kvm, cpuid, netns }: HostFiles,
+        memory: u64,
+        source: &Source<'_>,
+        mlock: bool,
+    ) -> Result<Self> {
         let (console, writer) = pipe()?;
         let (channel, theirs) = Channel::pair()?;
-        let mut command = Command::new(vmm);
-        command.stdin(Stdio::null()).stdout(Stdio::null());
-        let netns = spawn::empty_netns();
-        let child = spawn::jailed(command, theirs.into())?;
-        let kvm = File::options().read(true).write(true).open("/dev/kvm")?;
+        let (process, report) = Process::spawn(Cradle {
+            program: vmm,
+            id: "bench",
+            control: theirs.into(),
+            log: stderr().as_fd().try_clone_to_owned()?,
+            birthplace: &Birthplace::default(),
+        })?;
         let userfault = File::options().read(true).write(true).open("/dev/userfaultfd").ok();
-        let netns = netns.join().map_err(|_| "the network namespace's thread panicked")??;
-        let mut fds: Vec<BorrowedFd<'_>> = vec![kvm.as_fd(), netns.as_fd(), writer.as_fd()];
+        let mut fds: Vec<BorrowedFd<'_>> = vec![kvm.as_fd(), cpuid.as_fd(), netns.as_fd(), writer.as_fd()];
         let mut add = |fd| {
             fds.push(fd);
             u32::try_from(fds.len() - 1).unwrap_or(u32::MAX)
@@ -82,9 +95,10 @@ impl Machine {
         };
         let userfault = userfault.as_ref().map(|file| add(file.as_fd()));
         channel.send(&config(memory, start, userfault), &fds)?;
+        report.read(vmm)?;
         drop(writer);
         match channel.recv::<FromVmm>()?.0 {
-            FromVmm::Configured { timeline } => Ok(Self { child, channel, console, asked: 0, timeline }),
+            FromVmm::Configured { timeline } => Ok(Self { process, channel, console, asked: 0, timeline }),
             other => Err(format!("the VMM answers {other:?} to its configuration").into()),
         }
     }
@@ -140,16 +154,16 @@ impl Machine {
     }
 
     /// Ends it and waits for its end.
-    pub(crate) fn end(mut self) -> Result<()> {
-        self.child.kill()?;
-        self.child.wait()?;
+    pub(crate) fn end(self) -> Result<()> {
+        self.process.kill()?;
+        self.process.reap();
         Ok(())
     }
 
     /// Waits until the guest has ended by itself.
-    pub(crate) fn wait(mut self) -> Result<()> {
+    pub(crate) fn wait(self) -> Result<()> {
         while !matches!(self.channel.recv::<FromVmm>()?.0, FromVmm::Event(Event::Exited(_))) {}
-        self.child.wait()?;
+        self.process.reap();
         Ok(())
     }
 }
@@ -161,14 +175,15 @@ fn config(memory: u64, start: StartConfig, userfault: Option<u32>) -> VmConfig {
         vcpus: 1,
         memory,
         kvm: 0,
+        cpuid: 1,
         userfault,
         start,
         disks: Vec::new(),
-        console: ConsoleConfig { input: None, output: Some(2) },
+        console: ConsoleConfig { input: None, output: Some(3) },
         jail: JailConfig {
             uid: 1_899_999_999,
             gid: 1_899_999_999,
-            netns: 1,
+            netns: 2,
             hostname: "bench".into(),
             max_file_size: 64 << 30,
             max_open_files: 512,

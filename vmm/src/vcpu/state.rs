@@ -220,17 +220,18 @@ fn wrap(entries: &[kvm_msr_entry]) -> Result<Msrs, StateError> {
 mod tests {
     use super::*;
     use crate::cpuid::{self, Topology};
-    use crate::kvm::{SupportedCpuid, Vm};
+    use crate::kvm::Vm;
     use crate::memory::Ram;
     use crate::vcpu::regs;
+    use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
+    use kvm_ioctls::Kvm;
     use std::fs::File;
 
     fn part(index: u8) -> VcpuPart {
         let ram = Ram::map(32 << 20).unwrap();
         let kvm = File::options().read(true).write(true).open("/dev/kvm").unwrap();
-        let kvm = kvm.into();
-        let supported = SupportedCpuid::ask(&kvm).unwrap().wait().unwrap();
-        let vm = Vm::new(kvm).unwrap().with_memory(&ram).unwrap();
+        let supported = Kvm::new().unwrap().get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).unwrap();
+        let vm = Vm::new(kvm.into()).unwrap().with_memory(&ram).unwrap();
         let vcpu = Vcpu::new(&vm, index).unwrap();
         let topology = Topology { vcpus: 2, tsc_deadline: vm.has_tsc_deadline_timer() };
         vcpu.lock().set_cpuid2(&cpuid::for_vcpu(supported.as_slice(), topology, index).unwrap()).unwrap();

@@ -7,12 +7,14 @@ pub mod capture;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command as Process, Stdio};
 use std::time::{Duration, Instant};
 
+use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
+use kvm_ioctls::Kvm;
 use ovms_config::vm::{
     BootConfig, ConsoleConfig, DiskConfig, JailConfig, RestoreConfig, StartConfig, TopConfig, VmConfig,
     VM_CONFIG_VERSION,
@@ -20,6 +22,7 @@ use ovms_config::vm::{
 use ovms_disk::{Stack, StackFiles, Table, Top, TopFiles};
 use ovms_proto::control::{Answer, Command, Event, ExitReason, FailureKind, FromVmm, Request, Status, Timeline};
 use ovms_proto::{Channel, ChannelError};
+use zerocopy::IntoBytes;
 
 /// How long anything in a test may take.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -49,21 +52,23 @@ impl Setup {
             vcpus: 1,
             memory: 64 << 20,
             kvm: 0,
+            cpuid: 1,
             userfault: None,
-            start: StartConfig::Boot(BootConfig { kernel: 2, initrd: None, cmdline: String::new() }),
+            start: StartConfig::Boot(BootConfig { kernel: 3, initrd: None, cmdline: String::new() }),
             disks: Vec::new(),
             console: ConsoleConfig::default(),
             jail: JailConfig {
                 uid: 64_000,
                 gid: 64_000,
-                netns: 1,
+                netns: 2,
                 hostname: "test".into(),
                 max_file_size: 1 << 40,
                 max_open_files: 512,
             },
             log_level: "debug".into(),
         };
-        Self { config, fds: vec![kvm.into(), empty_netns().into(), kernel.into()], may_lock: true }
+        let cpuid = supported_cpuid(&kvm);
+        Self { config, fds: vec![kvm.into(), cpuid.into(), empty_netns().into(), kernel.into()], may_lock: true }
     }
 
     /// One vCPU, 64 MiB, no disk, a console: goes on from a snapshot's unpacked files.
@@ -71,8 +76,8 @@ impl Setup {
         let mut setup = Self::new(state.into());
         setup.fds.push(memory);
         setup.config.start = StartConfig::Restore(RestoreConfig {
-            state: 2,
-            memory: 3,
+            state: 3,
+            memory: 4,
             working_set: None,
             record_working_set: None,
             mlock: false,
@@ -223,6 +228,16 @@ fn spawn_process(control: Channel, may_lock: bool) -> Child {
         });
     }
     process.spawn().expect("ovms-vmm")
+}
+
+/// What `kvm` says that processors can do, as the engine passes it.
+fn supported_cpuid(kvm: &File) -> File {
+    // SAFETY: a descriptor that was copied for this.
+    let kvm = unsafe { Kvm::from_raw_fd(kvm.try_clone().unwrap().into_raw_fd()) };
+    let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).unwrap();
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(cpuid.as_slice().as_bytes()).unwrap();
+    file
 }
 
 /// A network namespace that the test itself does not join.

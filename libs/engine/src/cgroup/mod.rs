@@ -38,12 +38,12 @@ pub(crate) enum Cgroup {
 
 /// Where a process is born.
 #[derive(Debug, Default)]
-pub(crate) struct Birthplace {
+pub struct Birthplace {
     /// Version 2: the directory that the kernel makes it in.
-    pub(crate) dir: Option<OwnedFd>,
+    pub dir: Option<OwnedFd>,
     /// Version 1: the `tasks` file of each hierarchy, into which the newborn writes itself. A process that moves its one
     /// thread itself waits for nobody (since Linux 5.4); whoever moves another's waits for an RCU grace period, 7 to 14 ms.
-    pub(crate) tasks: Vec<OwnedFd>,
+    pub tasks: Vec<OwnedFd>,
 }
 
 /// What a cgroup should hold a machine to: the spec's limits with the memory limit settled.
