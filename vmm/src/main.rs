@@ -6,7 +6,7 @@ use std::fs::File;
 use std::mem::ManuallyDrop;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::process::exit;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use ovms_config::vm::{StartConfig, VmConfig, VmConfigError, VmSpec};
 use ovms_devices::threads::{Spawner, ThreadKind as DeviceThread};
@@ -21,7 +21,7 @@ use ovms_vmm::mailbox::Mailbox;
 use ovms_vmm::memory::{MemoryError, Ram};
 use ovms_vmm::report;
 use ovms_vmm::saved::{RestoreError, Saved};
-use ovms_vmm::seccomp::{Filters, SeccompError, ThreadKind};
+use ovms_vmm::seccomp::{self, SeccompError, ThreadKind};
 use ovms_vmm::snapshot::{Host, Snapshots};
 use ovms_vmm::timeline::Recorder;
 use ovms_vmm::working_set::Plan;
@@ -143,10 +143,8 @@ fn start(channel: &Channel, mut timeline: Recorder) -> Result<Started, StartErro
     timeline.passed("jail");
     let origin = Origin::take(config, &mut fds)?;
     let (mail, mailbox) = Mailbox::new().map_err(StartError::Mailbox)?;
-    let filters = Arc::new(Filters::compile(&ThreadKind::FIRST)?);
-    timeline.passed("filters");
-    let threads = thread_start(&filters);
-    let watch = plan.start(ram.clone(), mail.clone(), own_filter(ThreadKind::WorkingSet));
+    let threads = thread_start();
+    let watch = plan.start(ram.clone(), mail.clone(), Arc::new(|| install(ThreadKind::WorkingSet)));
     let watch = watch.map_err(StartError::WorkingSet)?;
     let mut machine = Machine::build(&spec, &mut fds, ram, mail.clone(), &threads, origin.saved(), &mut timeline)?;
     if let Some(watch) = watch {
@@ -154,9 +152,9 @@ fn start(channel: &Channel, mut timeline: Recorder) -> Result<Started, StartErro
     }
     let (vm, ram) = (Arc::clone(machine.vm()), machine.ram().clone());
     let snapshots =
-        Snapshots::start(vm, ram, host, mail, own_filter(ThreadKind::Snapshot)).map_err(StartError::Snapshots)?;
+        Snapshots::start(vm, ram, host, mail, Arc::new(|| install(ThreadKind::Snapshot))).map_err(StartError::Snapshots)?;
     drop(fds);
-    filters.install(ThreadKind::Main)?;
+    seccomp::install(ThreadKind::Main)?;
     timeline.passed("wall");
     match origin {
         Origin::Boot(payload) => machine.boot(payload, &mut timeline)?,
@@ -223,36 +221,20 @@ impl Origin {
     }
 }
 
-/// What each thread of a kind does first that nobody waits for; the first of them compiles the filter of all.
-fn own_filter(kind: ThreadKind) -> Arc<dyn Fn() + Send + Sync> {
-    let filters = OnceLock::new();
-    Arc::new(move || match filters.get_or_init(|| Filters::compile(&[kind])) {
-        Ok(filters) => install(filters, kind),
-        Err(err) => {
-            tracing::error!("{}", report::chain(err));
-            exit(STATUS_NOT_BUILT);
-        }
-    })
-}
-
 /// What each new thread does first: it puts itself behind the filter of its kind.
-fn thread_start(filters: &Arc<Filters>) -> ThreadStart {
-    let (devices, vcpus) = (Arc::clone(filters), Arc::clone(filters));
-    let device = Spawner::new(move |kind| {
-        install(
-            &devices,
-            match kind {
-                DeviceThread::Block => ThreadKind::Block,
-                DeviceThread::ConsoleReader | DeviceThread::ConsoleWriter | DeviceThread::Device => ThreadKind::Console,
-            },
-        );
+fn thread_start() -> ThreadStart {
+    let device = Spawner::new(|kind| {
+        install(match kind {
+            DeviceThread::Block => ThreadKind::Block,
+            DeviceThread::ConsoleReader | DeviceThread::ConsoleWriter | DeviceThread::Device => ThreadKind::Console,
+        });
     });
-    ThreadStart { device, vcpu: Arc::new(move || install(&vcpus, ThreadKind::Vcpu)) }
+    ThreadStart { device, vcpu: Arc::new(|| install(ThreadKind::Vcpu)) }
 }
 
 /// A thread without its filter must not live, and nobody is there to take its error.
-fn install(filters: &Filters, kind: ThreadKind) {
-    if let Err(err) = filters.install(kind) {
+fn install(kind: ThreadKind) {
+    if let Err(err) = seccomp::install(kind) {
         tracing::error!("{}", report::chain(&err));
         exit(STATUS_NOT_BUILT);
     }

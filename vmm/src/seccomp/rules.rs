@@ -1,14 +1,14 @@
-//! The lists behind the filters. Each entry is there because code of ours, of the standard library or of libc makes
-//! that call on that kind of thread after the filter is up; `tests.rs` exercises every one.
+//! The lists behind the filters, read by the build script. Each entry is there because code of ours, of the standard
+//! library or of libc makes that call on that kind of thread after the filter is up; `tests.rs` exercises every one.
 
 use std::collections::BTreeMap;
 
 use seccompiler::{BackendError, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompRule};
 
-use super::ThreadKind;
+use super::kind::ThreadKind;
 
 /// Call number → rules, any of which lets the call pass; none: it always passes.
-type Rules = BTreeMap<i64, Vec<SeccompRule>>;
+pub(crate) type Rules = BTreeMap<i64, Vec<SeccompRule>>;
 
 /// What libc and the standard library need on every thread: locks, the allocator, the end of a thread, a panic's
 /// message.
@@ -182,7 +182,7 @@ const SNAPSHOT_IOCTLS: &[u64] = &[
 const DEVICE_IOCTLS: &[u64] = &[KVM_SIGNAL_MSI];
 
 /// The rules of one kind of thread.
-pub(super) fn of(kind: ThreadKind) -> Result<Rules, BackendError> {
+pub(crate) fn of(kind: ThreadKind) -> Result<Rules, BackendError> {
     let mut rules = Rules::new();
     let own = match kind {
         ThreadKind::Main => MAIN,
@@ -212,7 +212,7 @@ pub(super) fn of(kind: ThreadKind) -> Result<Rules, BackendError> {
 }
 
 /// The `ioctl` requests of one kind of thread.
-pub(super) fn ioctls(kind: ThreadKind) -> &'static [u64] {
+pub(crate) fn ioctls(kind: ThreadKind) -> &'static [u64] {
     match kind {
         ThreadKind::Vcpu => VCPU_IOCTLS,
         ThreadKind::Main => MAIN_IOCTLS,

@@ -9,13 +9,13 @@ use seccompiler::SeccompRule;
 use super::*;
 
 /// Makes a system call in a child behind the filter of a kind of thread and says how the child ended.
-fn attempt(filters: &Filters, kind: ThreadKind, number: i64, args: [c_long; 6]) -> WaitStatus {
-    // SAFETY: the child makes system calls only: the filters are compiled, and installing one allocates nothing unless
+fn attempt(kind: ThreadKind, number: i64, args: [c_long; 6]) -> WaitStatus {
+    // SAFETY: the child makes system calls only: installing a filter allocates nothing unless
     // it fails.
     match unsafe { fork() }.unwrap() {
         ForkResult::Parent { child } => waitpid(child, None).unwrap(),
         ForkResult::Child => {
-            let code = c_long::from(filters.install(kind).is_err());
+            let code = c_long::from(install(kind).is_err());
             // SAFETY: every pointer argument that the tests pass is null or out of reach, which the kernel refuses
             // without touching memory of ours; the second call does not return.
             unsafe {
@@ -55,13 +55,12 @@ fn was_forbidden(status: WaitStatus) -> bool {
 
 #[test]
 fn every_allowed_call_passes() {
-    let filters = Filters::compile(&ThreadKind::ALL).unwrap();
     for kind in ThreadKind::ALL {
         for (number, conditions) in rules_of(kind) {
             if !conditions.is_empty() {
                 continue;
             }
-            let status = attempt(&filters, kind, number, harmless(number));
+            let status = attempt(kind, number, harmless(number));
             match number {
                 // There is no signal to return from: it goes wrong, and the end is what it is.
                 libc::SYS_rt_sigreturn => {
@@ -75,7 +74,6 @@ fn every_allowed_call_passes() {
 
 #[test]
 fn allowed_calls_with_conditions_pass_with_and_die_without() {
-    let filters = Filters::compile(&ThreadKind::ALL).unwrap();
     let (none, exec) = (-1, c_long::from(libc::PROT_READ | libc::PROT_EXEC));
     let plain = c_long::from(libc::PROT_READ | libc::PROT_WRITE);
     for kind in ThreadKind::ALL {
@@ -97,7 +95,7 @@ fn allowed_calls_with_conditions_pass_with_and_die_without() {
         let ioctls = rules::ioctls(kind).iter().map(|request| *request as c_long);
         cases.extend(ioctls.map(|request| (libc::SYS_ioctl, [none, request, 0, 0, 0, 0], true)));
         for (number, args, passes) in cases {
-            let status = attempt(&filters, kind, number, args);
+            let status = attempt(kind, number, args);
             assert_eq!(!was_forbidden(status), passes, "{kind:?} {number} {args:x?}: {status:?}");
         }
     }
@@ -105,7 +103,6 @@ fn allowed_calls_with_conditions_pass_with_and_die_without() {
 
 #[test]
 fn calls_that_reach_the_host_kill() {
-    let filters = Filters::compile(&ThreadKind::ALL).unwrap();
     let forbidden = [
         libc::SYS_execve,
         libc::SYS_execveat,
@@ -135,7 +132,22 @@ fn calls_that_reach_the_host_kill() {
     ];
     for kind in ThreadKind::ALL {
         for number in forbidden {
-            let status = attempt(&filters, kind, number, [-1, 0, 0, 0, 0, 0]);
+            let status = attempt(kind, number, [-1, 0, 0, 0, 0, 0]);
+            assert!(was_forbidden(status), "{kind:?} {number}: {status:?}");
+        }
+    }
+}
+
+/// The filter searches its list by halves: no number may fall through between two of its groups.
+#[test]
+fn every_other_number_kills() {
+    // uretprobe and uprobe (arch/x86/entry/syscalls/syscall_64.tbl): no filter sees them, since the kernel lets them by
+    // from its own trampolines and ends a process that calls them from anywhere else.
+    let unseen = [335, 336];
+    for kind in ThreadKind::ALL {
+        let rules = rules_of(kind);
+        for number in (0..600).filter(|number| !rules.contains_key(number) && !unseen.contains(number)) {
+            let status = attempt(kind, number, [-1, 0, 0, 0, 0, 0]);
             assert!(was_forbidden(status), "{kind:?} {number}: {status:?}");
         }
     }
@@ -143,9 +155,8 @@ fn calls_that_reach_the_host_kill() {
 
 #[test]
 fn calls_of_other_architectures_kill() {
-    let filters = Filters::compile(&ThreadKind::ALL).unwrap();
     // `__X32_SYSCALL_BIT`: a filter that only compares numbers of x86-64 must not let these by.
-    let status = attempt(&filters, ThreadKind::Vcpu, 0x4000_0000 | libc::SYS_getpid, [0; 6]);
+    let status = attempt(ThreadKind::Vcpu, 0x4000_0000 | libc::SYS_getpid, [0; 6]);
     assert!(was_forbidden(status), "{status:?}");
 }
 
