@@ -36,7 +36,9 @@ const STATUS_NOT_BUILT: i32 = 126;
 #[derive(Debug, Error)]
 enum StartError {
     #[error("no configuration came over the control socket")]
-    Receive(#[from] ChannelError),
+    Receive(#[source] ChannelError),
+    #[error("the configuration is not for this VMM: install one version of ovms")]
+    Foreign(#[source] ChannelError),
     #[error("the configuration makes no machine")]
     Config(#[from] VmConfigError),
     #[error("the configuration and its descriptors do not fit")]
@@ -129,7 +131,10 @@ struct Started {
 /// From the first packet to a machine that only waits to run. The order is that of trust: what needs privileges, the
 /// walls, then what a hostile image or guest can reach.
 fn start(channel: &Channel, mut timeline: Recorder) -> Result<Started, StartError> {
-    let (config, fds) = channel.recv::<VmConfig>()?;
+    let (config, fds) = channel.recv::<VmConfig>().map_err(|err| match err {
+        ChannelError::Decode(_) => StartError::Foreign(err),
+        _ => StartError::Receive(err),
+    })?;
     report::start_log(&config.log_level);
     let spec = VmSpec::new(config, fds.len())?;
     let mut fds = Fds::new(fds);
@@ -151,8 +156,8 @@ fn start(channel: &Channel, mut timeline: Recorder) -> Result<Started, StartErro
         machine.watch(watch);
     }
     let (vm, ram) = (Arc::clone(machine.vm()), machine.ram().clone());
-    let snapshots =
-        Snapshots::start(vm, ram, host, mail, Arc::new(|| install(ThreadKind::Snapshot))).map_err(StartError::Snapshots)?;
+    let snapshots = Snapshots::start(vm, ram, host, mail, Arc::new(|| install(ThreadKind::Snapshot)))
+        .map_err(StartError::Snapshots)?;
     drop(fds);
     seccomp::install(ThreadKind::Main)?;
     timeline.passed("wall");
