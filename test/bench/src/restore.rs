@@ -18,7 +18,6 @@ use std::collections::BTreeMap;
 use std::error::Error;
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use ovms_proto::control::Command as Ask;
@@ -77,10 +76,11 @@ fn main() -> Result<()> {
 }
 
 impl Bench {
-    /// Boots the guest, takes its snapshot, unpacks it and waits until a restored guest can tell.
+    /// Boots the guest, takes its snapshot and unpacks it.
     fn take(&self, dir: &Path, cmdline: &str) -> Result<Ram> {
         let kernel = File::open(&self.kernel)?;
-        let mut machine = Machine::create(&self.vmm, vmm::host()?, self.memory, &Source::Kernel(&kernel, cmdline), false)?;
+        let mut machine =
+            Machine::create(&self.vmm, vmm::host()?, self.memory, &Source::Kernel(&kernel, cmdline), false)?;
         machine.ask(Ask::Run, &[])?;
         machine.expect("waiting\n")?;
         let create = |name: &str| File::options().read(true).write(true).create_new(true).open(dir.join(name));
@@ -91,7 +91,6 @@ impl Bench {
         let blob = Blob::open(blob)?;
         let limits = Limits { memory: 1 << 40 };
         unpack(vec![blob], &[String::new()], (&memory, &state), 2, limits, &mut |_, _| true)?;
-        sleep(Duration::from_millis(2200));
         Ok(Ram { state: File::open(dir.join("state"))?, memory: File::open(dir.join("memory"))? })
     }
 
