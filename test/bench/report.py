@@ -13,10 +13,10 @@ class Figure:
     """One measured value beside what it is compared with."""
 
     name: str
-    #: Median, in `unit`.
-    value: float
+    #: Median unless the name says otherwise, in `unit`; none: it was not measured, and `against` says why.
+    value: float | None
     unit: str
-    #: What it is compared with and that one's median; empty for a figure that stands alone.
+    #: What it is compared with and that one's value; empty for a figure that stands alone.
     against: str = ""
     #: value ÷ the other's median.
     ratio: float | None = None
@@ -36,8 +36,16 @@ def bounded(name: str, value: float, unit: str, most: float) -> Figure:
     return Figure(name, round(value, 3), unit, "", None, f"<= {most} {unit}", value <= most)
 
 
+def skipped(name: str, reason: str) -> Figure:
+    """A figure that could not be had here."""
+    return Figure(name, None, "", reason)
+
+
 def announce(figure: Figure) -> None:
     """Prints the line of one figure."""
+    if figure.value is None:
+        print(f"{figure.name}: not measured: {figure.against}", flush=True)
+        return
     against = f", {figure.against}, ratio {figure.ratio}" if figure.against else ""
     verdict = "" if figure.holds is None else f" [{figure.goal}: {'holds' if figure.holds else 'MISSED'}]"
     print(f"{figure.name}: {figure.value} {figure.unit}{against}{verdict}", flush=True)

@@ -52,12 +52,15 @@ def main() -> int:
                 report.announce(figure)
                 figures.append(figure)
         except CaseSkipped as reason:
-            print(f"{name}: not measured: {reason}", flush=True)
+            figures.append(report.skipped(name, str(reason)))
+            report.announce(figures[-1])
         except CaseFailed as failure:
             print(f"{name}: FAILED: {failure}", flush=True)
             broken += 1
         records.write(figures, report.PATH)
     print(f"report: {report.PATH}")
+    missed = [figure.name for figure in figures if figure.holds is False]
+    print(f"{len(missed)} of {len(figures)} figures miss their goals" + "".join(f"\n  {name}" for name in missed))
     return 1 if broken or not figures else 0
 
 

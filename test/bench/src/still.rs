@@ -1,9 +1,9 @@
 //! How long a guest stands still while its RAM snapshot is taken. The guest (`tally.elf`) has written half of its memory
-//! and goes on writing it, at no more than so many MB/s; a clone has written as much again since it was restored.
+//! and goes on writing it, at no more than RATE MB/s (0: as fast as it can); a clone has written as much again since it was restored.
 //!
 //! Prints one JSON object for each snapshot: what the VMM reports, and the MB/s that the guest was writing before.
 //!
-//! Usage: `ovms-bench-still VMM KERNEL MEMORY booted|clone DIR RATE SNAPSHOTS`
+//! Usage: `ovms-bench-still VMM KERNEL MEMORY booted|clone DIR RATE SNAPSHOTS [mlock]`
 
 #[allow(dead_code, reason = "shared with the other benches")]
 mod vmm;
@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use ovms_proto::control::Command as Ask;
 use ovms_state::{unpack, Blob, Limits};
 
-use self::vmm::{Machine, Source};
+use self::vmm::{Machine, Set, Source};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
@@ -32,17 +32,18 @@ struct Bench {
     kernel: PathBuf,
     memory: u64,
     dir: PathBuf,
-    /// MB/s.
+    /// MB/s; 0: as fast as it can.
     rate: u64,
+    mlock: bool,
 }
 
 fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
-    let [vmm, kernel, memory, kind, dir, rate, snapshots] = args.as_slice() else {
-        return Err("usage: ovms-bench-still VMM KERNEL MEMORY booted|clone DIR RATE SNAPSHOTS".into());
+    let [vmm, kernel, memory, kind, dir, rate, snapshots, rest @ ..] = args.as_slice() else {
+        return Err("usage: ovms-bench-still VMM KERNEL MEMORY booted|clone DIR RATE SNAPSHOTS [mlock]".into());
     };
-    let bench =
-        Bench { vmm: vmm.into(), kernel: kernel.into(), memory: memory.parse()?, dir: dir.into(), rate: rate.parse()? };
+    let (memory, rate, mlock) = (memory.parse()?, rate.parse()?, rest == ["mlock"]);
+    let bench = Bench { vmm: vmm.into(), kernel: kernel.into(), memory, dir: dir.into(), rate, mlock };
     let mut machine = match kind.as_str() {
         "booted" => bench.booted()?,
         "clone" => bench.clone_of_booted()?,
@@ -81,8 +82,8 @@ impl Bench {
         unpack(vec![Blob::open(blob)?], &[String::new()], (&memory, &state), 2, limits, &mut |_, _| true)?;
         fs::remove_file(self.dir.join("blob"))?;
         let (state, memory) = (File::open(self.dir.join("state"))?, File::open(self.dir.join("memory"))?);
-        let mut machine =
-            Machine::create(&self.vmm, vmm::host()?, self.memory, &Source::Ram(&state, &memory, None), false)?;
+        let source = Source::Ram { state: &state, memory: &memory, set: Set::Unknown };
+        let mut machine = Machine::create(&self.vmm, vmm::host()?, self.memory, &source, self.mlock)?;
         machine.ask(Ask::Run, &[])?;
         let first = count(&mut machine)?;
         while (count(&mut machine)? - first) * PAGES * PAGE < self.memory / 2 {}

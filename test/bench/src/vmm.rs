@@ -38,8 +38,18 @@ pub(crate) fn floor(program: &Path, memory: u64) -> Result<(Duration, u64)> {
 pub(crate) enum Source<'a> {
     /// A kernel and its command line.
     Kernel(&'a File, &'a str),
-    /// An unpacked RAM snapshot: state, memory, and the working set of an earlier restore.
-    Ram(&'a File, &'a File, Option<&'a File>),
+    /// An unpacked RAM snapshot.
+    Ram { state: &'a File, memory: &'a File, set: Set<'a> },
+}
+
+/// What becomes of a restored machine's working set.
+pub(crate) enum Set<'a> {
+    /// Nothing.
+    Unknown,
+    /// It is written here.
+    Record(&'a File),
+    /// An earlier restore has recorded it.
+    ReadAhead(&'a File),
 }
 
 /// A machine.
@@ -85,13 +95,15 @@ impl Machine {
             Source::Kernel(kernel, cmdline) => {
                 StartConfig::Boot(BootConfig { kernel: add(kernel.as_fd()), initrd: None, cmdline: (*cmdline).into() })
             }
-            Source::Ram(state, memory, working_set) => StartConfig::Restore(RestoreConfig {
-                state: add(state.as_fd()),
-                memory: add(memory.as_fd()),
-                working_set: working_set.map(|file| add(file.as_fd())),
-                record_working_set: None,
-                mlock,
-            }),
+            Source::Ram { state, memory, set } => {
+                let (state, memory) = (add(state.as_fd()), add(memory.as_fd()));
+                let (working_set, record_working_set) = match set {
+                    Set::Unknown => (None, None),
+                    Set::Record(file) => (None, Some(add(file.as_fd()))),
+                    Set::ReadAhead(file) => (Some(add(file.as_fd())), None),
+                };
+                StartConfig::Restore(RestoreConfig { state, memory, working_set, record_working_set, mlock })
+            }
         };
         let userfault = userfault.as_ref().map(|file| add(file.as_fd()));
         channel.send(&config(memory, start, userfault), &fds)?;
@@ -147,6 +159,19 @@ impl Machine {
                 },
                 FromVmm::Event(Event::Exited(reason)) => {
                     return Err(format!("the machine has ended: {reason:?}").into())
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// Waits until its working set is recorded, and ends it.
+    pub(crate) fn recorded(self) -> Result<()> {
+        loop {
+            match self.channel.recv::<FromVmm>()?.0 {
+                FromVmm::Event(Event::WorkingSetRecorded) => return self.end(),
+                FromVmm::Event(Event::Exited(reason)) => {
+                    return Err(format!("the machine has ended without a working set: {reason:?}").into())
                 }
                 _ => {}
             }
