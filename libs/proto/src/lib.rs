@@ -4,7 +4,7 @@
 //!  engine ──control socket (SEQPACKET, fds beside)──> ovms-vmm        one JSON value a packet   [control]
 //!     │                                                  │
 //!     └<──────────── Reply, Event ───────────────────────┘
-//!  shim, ovm ──bundle socket (STREAM)──> ovms-snapshotter             one JSON value a line     [bundle]
+//!  shim ──bundle socket (STREAM)──> ovms-snapshotter                  one JSON value a line     [bundle]
 //!  ovm, ovms-snapshotter ──machine socket (STREAM)──> engine          one JSON value a line     [machine]
 //! ```
 //!

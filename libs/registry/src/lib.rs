@@ -9,7 +9,7 @@
 //! gets a clear error. Registries on this host are spoken to by HTTP, all others by HTTPS unless the caller says
 //! otherwise. Everything blocks; the asynchronous client runs on the calling thread.
 //!
-//! A crate of its own, so that TLS and HTTP are linked into `ovm` alone and not into each machine's shim.
+//! A crate of its own, so that TLS and HTTP are linked into `ovm-transfer` alone and not into each machine's shim.
 #![forbid(unsafe_code)]
 
 mod error;
