@@ -8,6 +8,7 @@ CONTAINERD ?=
 FUZZ_SECONDS ?= 20
 CARGO ?= cargo
 BUILT ?= target/release
+CARGO_DENY := 0.20.2
 
 BINARIES := ovm ovm-transfer ovms-vmm ovms-snapshotter containerd-shim-ovms-v1
 export DEBIAN_FRONTEND = noninteractive
@@ -19,8 +20,10 @@ help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 deps: ## Install the Debian packages and cargo tools that build and tests need (root)
+	@for tool in $(CARGO) go; do command -v $$tool >/dev/null || \
+		{ echo "deps: $$tool is not in PATH: install Rust 1.95 (rustup, with rustfmt and clippy) and Go 1.26" >&2; exit 1; }; done
 	test/testbed/packages
-	@command -v cargo-deny >/dev/null || $(CARGO) install --locked --quiet cargo-deny
+	@command -v cargo-deny >/dev/null || $(CARGO) install --locked --quiet cargo-deny@$(CARGO_DENY)
 
 # Two are linked statically: docs/adr/0013-static-vmm.md, docs/adr/0014-two-programs.md.
 build: ## Build the programs into target/release
@@ -48,7 +51,7 @@ demo: build ## Build, push, pull and run a Debian machine under a private contai
 	test/demo/run
 
 test: ## Run the tests that need neither root nor KVM
-	$(CARGO) test --workspace --locked
+	PATH="$$(python3 test/testbed/tools --path oras):$$PATH" $(CARGO) test --workspace --locked
 
 test-kvm: build guests ## Run the tests that need root and /dev/kvm (bare-metal guests)
 	$(CARGO) test --workspace --locked -- --ignored --test-threads=2

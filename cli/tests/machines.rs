@@ -159,7 +159,7 @@ fn what_a_detached_start_meets_is_told_to_the_one_who_asked() {
 #[test]
 #[ignore = "needs /dev/kvm and root"]
 fn snapshots_of_clones_go_on_counting_through_a_registry() {
-    let Some(registry) = Registry::start() else { return };
+    let registry = Registry::start();
     let host = Host::new(5);
     host.ok(&["run", "-d", "--name", "a", &host.named("spin")]);
     host.expect("a", "tick 2\n");

@@ -147,18 +147,17 @@ impl Parts {
 }
 
 /// Finds a program on the path or among the tools of the test bed.
-pub fn program(name: &str) -> Option<PathBuf> {
+pub fn program(name: &str) -> PathBuf {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let cache = std::env::var_os("XDG_CACHE_HOME")
         .map(PathBuf::from)
         .or_else(|| std::env::var_os("HOME").map(|home| Path::new(&home).join(".cache")))
         .unwrap_or_default();
     let built = fs::read_dir(cache.join("ovms-testbed")).into_iter().flatten().flatten().map(|e| e.path());
-    let found = std::env::split_paths(&path).chain(built).map(|dir| dir.join(name)).find(|path| path.is_file());
-    if found.is_none() {
-        eprintln!("SKIPPED: {name} is not installed");
-    }
-    found
+    let mut places = std::env::split_paths(&path).chain(built).map(|dir| dir.join(name));
+    places
+        .find(|path| path.is_file())
+        .unwrap_or_else(|| panic!("{name} is missing: `make deps` and `make test` install it"))
 }
 
 /// A registry on 127.0.0.1 that lives as long as this value.
@@ -169,9 +168,9 @@ pub struct Registry {
 }
 
 impl Registry {
-    /// Starts Debian's docker-registry; `None`, loudly, if it is not installed.
-    pub fn start() -> Option<Self> {
-        let program = program("docker-registry")?;
+    /// Starts Debian's docker-registry.
+    pub fn start() -> Self {
+        let program = program("docker-registry");
         let storage = tempfile::tempdir().unwrap();
         // The port is free when it is chosen; that somebody takes it first is seen as a registry that never answers.
         let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
@@ -190,7 +189,7 @@ impl Registry {
             assert!(Instant::now() < deadline, "docker-registry does not answer on {}", registry.address);
             std::thread::sleep(Duration::from_millis(50));
         }
-        Some(registry)
+        registry
     }
 
     /// Where it keeps what was pushed.
