@@ -238,8 +238,7 @@ impl<R: Read> Read for Content<'_, R> {
     }
 }
 
-/// Whether a block is a tar header: its checksum holds. A disk whose first sector does is not told from an archive,
-/// which is why the caller also compares names.
+/// Whether a block is a tar header: its checksum holds. A disk whose first sector does is not told from an archive.
 pub(crate) fn is_header(block: &[u8]) -> bool {
     let Some(block) = block.get(..BLOCK as usize) else { return false };
     block.iter().any(|b| *b != 0) && checksum_holds(tar::Header::from_byte_slice(block))

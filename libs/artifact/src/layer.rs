@@ -9,18 +9,28 @@
 //! the disk from whether its first block is a tar header. A disk's format is never guessed from its bytes: a guest that
 //! owns a raw disk can write a qcow2 header into it.
 //!
+//! What is unpacked is shared by its content alone, between images that annotate it as they like. So the annotation never
+//! has the choice between two readings of the same bytes: a blob that begins like an archive is one, and a blob that begins
+//! like a qcow2 file is no bare raw disk. What contradicts its annotation is refused; in a tar of ours anything fits.
+//!
 //! Ordinary container layers are told apart at their first file and refused with [`LayerError::Ordinary`], so a caller
 //! that serves both knows at once.
+
+mod beginning;
 
 use std::cell::Cell;
 use std::io::{self, Cursor, Read};
 
 use flate2::read::MultiGzDecoder;
 
-use crate::archive::{self, ArchiveError, MemberKind, Walker};
+use crate::archive::{ArchiveError, MemberKind, Walker};
 use crate::digest::{Digest, Hasher, HashingReader};
 use crate::manifest::{DiskFormat, Manifest, ManifestError, MAX_MANIFEST};
 use crate::media::{self, Compression};
+
+use beginning::{Beginning, Kind};
+
+pub(crate) use beginning::can_be_bare;
 
 /// Largest zstd window that is allocated: 2^27 bytes, the limit of the zstd command line without `--long`.
 const ZSTD_WINDOW_LOG: u32 = 27;
@@ -54,6 +64,23 @@ pub enum LayerError {
     /// Nothing at all.
     #[error("the layer holds neither a disk nor a descriptor")]
     Empty,
+    /// Annotated as a bare disk, but an archive of something else.
+    #[error(
+        "annotation ovms.format says that the layer is a {annotation} disk, but it is {found}: a layer of files must not \
+         have the annotation, and a disk that begins like an archive must be built tar-wrapped (the default of ovm build)"
+    )]
+    Archived {
+        /// What the annotation says.
+        annotation: &'static str,
+        /// What was found.
+        found: String,
+    },
+    /// Annotated as a bare raw disk, but it begins like a qcow2 file.
+    #[error(
+        "annotation ovms.format says that the layer is a raw disk, but it begins like a qcow2 file: set the annotation to \
+         qcow2, or build a raw disk that begins so tar-wrapped (the default of ovm build)"
+    )]
+    Qcow2,
     /// Annotation and member name disagree.
     #[error("annotation ovms.format says {annotation}, but the layer holds ovm/disk.{member}")]
     FormatMismatch {
@@ -223,47 +250,32 @@ fn read_decoded(
     visit: &mut dyn FnMut(DiskFile<'_>) -> VisitResult,
 ) -> Result<LayerSummary, LayerError> {
     let mut stream = HashingReader::new(stream);
-    let first = first_block(&mut stream)?;
-    let tar = archive::is_header(&first) && (encoding.annotated.is_none() || begins_ours(&first));
-    let zeros = first.iter().all(|b| *b == 0);
-    let content = Cursor::new(first).chain(&mut stream);
-    let (disk, descriptor) = match (tar, encoding.annotated) {
-        (true, _) => {
+    let beginning = Beginning::read(&mut stream).map_err(stream_error)?;
+    let refused = encoding.annotated.and_then(|format| beginning.refused_as(format));
+    let Beginning { bytes, kind } = beginning;
+    let content = Cursor::new(bytes).chain(&mut stream);
+    let (disk, descriptor) = match (kind, encoding.annotated) {
+        (Kind::Tar, annotated) => {
             let mut walk = TarWalk { walker: Walker::new(content), disk: None, descriptor: None };
-            walk.run(limits, visit)?;
-            walk.finish(encoding.annotated)?
+            walk.run(limits, visit).map_err(|error| match (error, annotated) {
+                (LayerError::Ordinary(first), Some(format)) => {
+                    let found = format!("a tar archive (first file \"{first}\")");
+                    LayerError::Archived { annotation: format.name(), found }
+                }
+                (error, _) => error,
+            })?;
+            walk.finish(annotated)?
         }
-        (false, Some(format)) => (Some(bare_disk(content, format, limits, visit)?), None),
-        (false, None) if zeros => return Err(judge_zeros(content)?),
-        (false, None) => return Err(LayerError::Unannotated),
+        (Kind::Empty, None) => return Err(LayerError::Empty),
+        (_, Some(format)) => match refused {
+            Some(error) => return Err(error),
+            None => (Some(bare_disk(content, format, limits, visit)?), None),
+        },
+        (_, None) => return Err(LayerError::Unannotated),
     };
     io::copy(&mut stream, &mut io::sink()).map_err(stream_error)?;
     let size = stream.size();
     Ok(LayerSummary { diff_id: stream.finish(), size, disk, descriptor })
-}
-
-/// The first block of the stream, shorter only if the stream is.
-fn first_block(stream: &mut dyn Read) -> Result<Vec<u8>, LayerError> {
-    let mut first = Vec::new();
-    stream.take(archive::BLOCK).read_to_end(&mut first).map_err(stream_error)?;
-    Ok(first)
-}
-
-/// Whether an annotated layer's first header is one that a tar of ours begins with: `ovm/…`, or an extension record.
-fn begins_ours(block: &[u8]) -> bool {
-    let header = tar::Header::from_byte_slice(block);
-    let name = header.path_bytes();
-    let name = name.strip_prefix(b"./").unwrap_or(&name);
-    matches!(header.entry_type().as_byte(), b'x' | b'g' | b'L') || name.is_empty() || name.starts_with(b"ovm")
-}
-
-/// Zeros only: the empty archive of an ordinary image, or a disk that lost its annotation.
-fn judge_zeros(content: impl Read) -> Result<LayerError, LayerError> {
-    const EMPTY_ARCHIVE: u64 = 1 << 20;
-    let mut rest = Vec::new();
-    content.take(EMPTY_ARCHIVE.saturating_add(1)).read_to_end(&mut rest).map_err(stream_error)?;
-    let empty = rest.len() as u64 <= EMPTY_ARCHIVE && rest.iter().all(|b| *b == 0);
-    Ok(if empty { LayerError::Empty } else { LayerError::Unannotated })
 }
 
 fn bare_disk(

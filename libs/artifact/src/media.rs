@@ -56,6 +56,9 @@ pub const MEMBER_QCOW2: &str = "ovm/disk.qcow2";
 /// Member of a layer's tar: a raw disk.
 pub const MEMBER_RAW: &str = "ovm/disk.raw";
 
+/// First bytes of a qcow2 file (QEMU, docs/interop/qcow2.txt).
+pub(crate) const QCOW2_MAGIC: &[u8] = b"QFI\xfb";
+
 /// How a blob's bytes are compressed, as its media type says (never its content).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Compression {

@@ -272,6 +272,10 @@ fn hostile_layers(dir: &Path) {
         (whole[..whole.len() / 2].to_vec(), None, "cannot be"),
         (noise(7, 4096), None, "no ovms.format annotation"),
         (noise(7, 4096), Some("vmdk"), "\"vmdk\" is not supported"),
+        // The layer of somebody else's container image, which must never become a disk under its own digest.
+        (tar_of(&[("bin/busybox", b"elf"), ("etc/passwd", b"x")]), Some("raw"), "(first file \"bin/busybox\")"),
+        (vec![0; 1024], Some("raw"), "an empty tar archive"),
+        (image.clone(), Some("raw"), "begins like a qcow2 file"),
     ];
     for (blob, annotation, want) in cases {
         let why = refusal(dir, &blob, layer_source(media::OCI_LAYER, annotation));

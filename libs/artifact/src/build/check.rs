@@ -7,7 +7,9 @@ use std::io::{self, Read};
 use std::path::Path;
 
 use super::BuildError;
+use crate::layer;
 use crate::manifest::DiskFormat;
+use crate::media::QCOW2_MAGIC;
 
 /// Offset of the boot sector's signature 0xAA55 (Linux, Documentation/arch/x86/boot.rst).
 const BOOT_FLAG: usize = 0x1fe;
@@ -19,9 +21,7 @@ const ELF_MACHINE: usize = 18;
 const EM_X86_64: [u8; 2] = [62, 0];
 /// Offset of the magic "ARMd" of an arm64 Image (Linux, Documentation/arch/arm64/booting.rst).
 const ARM64_MAGIC: usize = 56;
-/// First bytes of a qcow2 file (QEMU, docs/interop/qcow2.txt).
-const QCOW2_MAGIC: &[u8] = b"QFI\xfb";
-/// Incompatible feature bit 2: the data is in another file (the same).
+/// Incompatible feature bit 2 of qcow2: the data is in another file (QEMU, docs/interop/qcow2.txt).
 const QCOW2_EXTERNAL_DATA: u64 = 1 << 2;
 
 /// Refuses a file that is neither a bzImage nor an x86-64 ELF file.
@@ -58,6 +58,17 @@ pub(super) fn disk(path: &Path, format: DiskFormat) -> Result<(), BuildError> {
         DiskFormat::Qcow2 if !is_qcow2 => refused("it is given as qcow2, but it is no qcow2 file".to_owned()),
         DiskFormat::Qcow2 => qcow2(&head).map_or(Ok(()), refused),
     }
+}
+
+/// Refuses a disk file that nobody would take for a disk if a layer's blob were nothing else.
+pub(super) fn bare(path: &Path, format: DiskFormat) -> Result<(), BuildError> {
+    let read = |source| BuildError::Read { path: path.to_owned(), source };
+    if layer::can_be_bare(File::open(path).map_err(read)?, format).map_err(read)? {
+        return Ok(());
+    }
+    let problem =
+        "it begins like a tar archive, and as a bare layer would be taken for one: build it without --raw-layers";
+    Err(BuildError::Disk { path: path.to_owned(), problem: problem.to_owned() })
 }
 
 /// What a qcow2 header says that an image's disk must not; offsets from QEMU, docs/interop/qcow2.txt.

@@ -219,6 +219,11 @@ impl Recipe {
         progress: &dyn Progress,
     ) -> Result<Built, BuildError> {
         self.check()?;
+        if options.raw_layers {
+            for (path, layer) in self.disks.iter().zip(&self.manifest.disk_layers) {
+                check::bare(path, layer.format)?;
+            }
+        }
         let mut writer = Writer::new(sink.as_mut(), progress);
         let manifest = writer.write_files(self, &options)?;
         let names = match options.names.is_empty() {

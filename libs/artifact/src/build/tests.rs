@@ -171,6 +171,28 @@ fn raw_layers_are_the_disk_files_themselves() {
 }
 
 #[test]
+fn raw_layers_refuse_a_disk_that_begins_like_an_archive() {
+    let files = Files::new();
+    let archive = {
+        let mut builder = tar::Builder::new(Vec::new());
+        let mut header = crate::layout::header(4, 0, tar::EntryType::Regular);
+        builder.append_data(&mut header, "bin/sh", &b"#!sh"[..]).unwrap();
+        builder.into_inner().unwrap()
+    };
+    for disk in [archive, vec![0; 4096]] {
+        files.write("top.raw", &disk);
+        let sink = Box::new(DirSink::create(&files.path("raw")).unwrap());
+        let options = Options { raw_layers: true, ..Options::default() };
+
+        let error = files.recipe().build(sink, options, &Quiet).unwrap_err().to_string();
+
+        assert!(error.contains("top.raw cannot be a disk layer") && error.contains("without --raw-layers"), "{error}");
+        files.build("layout", Options::default());
+        Layout::open(&files.path("layout")).unwrap().verify(None, &Quiet).unwrap();
+    }
+}
+
+#[test]
 fn second_build_into_a_layout_keeps_the_first_under_its_tag() {
     let files = Files::new();
     let named = |name: &str| Options { names: vec![ImageName::parse(name).unwrap()], ..Options::default() };

@@ -78,24 +78,53 @@ fn compressed_layers_have_the_diff_id_of_their_content() {
 
 #[test]
 fn bare_disk_takes_its_format_from_the_annotation() {
-    let disk = vec![0; 4096];
+    let disk = vec![7; 4096];
     let (summary, found) = read_all(&disk, encoding(Compression::None, Some(DiskFormat::Raw))).unwrap();
     assert_eq!(found, Some((DiskFormat::Raw, disk.clone())));
     assert_eq!(summary.diff_id, Digest::of(&disk));
     assert!(summary.disk.unwrap().bare);
 }
 
+/// Snapshots are shared by content: what an image says of another image's blob must not change what the blob is.
 #[test]
-fn bare_disk_whose_first_sector_is_an_ordinary_tar_header_stays_a_disk() {
-    let disk = tar_of(&[("etc/passwd", b"root")]);
-    let (_, found) = read_all(&disk, encoding(Compression::None, Some(DiskFormat::Raw))).unwrap();
-    assert_eq!(found, Some((DiskFormat::Raw, disk)));
+fn an_annotation_never_makes_an_archive_a_disk() {
+    let ordinary = tar_of(&[("bin/busybox", b"elf"), ("etc/passwd", b"root")]);
+    let gzip = {
+        let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        gzip.write_all(&ordinary).unwrap();
+        gzip.finish().unwrap()
+    };
+    for format in [DiskFormat::Raw, DiskFormat::Qcow2] {
+        for (blob, compression) in [(&ordinary, Compression::None), (&gzip, Compression::Gzip)] {
+            let error = read_all(blob, encoding(compression, Some(format))).unwrap_err();
+            assert!(matches!(error, LayerError::Archived { .. }), "{error:?}");
+            let error = error.to_string();
+            let says = format!("ovms.format says that the layer is a {} disk", format.name());
+            assert!(error.contains(&says) && error.contains("\"bin/busybox\""), "{error}");
+            assert!(error.contains("must not have the annotation") && error.contains("tar-wrapped"), "{error}");
+        }
+        let empty = read_all(&[0; 1024], encoding(Compression::None, Some(format)));
+        assert!(matches!(empty, Err(LayerError::Archived { found, .. }) if found == "an empty tar archive"));
+    }
 }
 
 #[test]
-fn raw_disk_with_a_qcow2_header_stays_raw() {
-    let (_, found) = read_all(b"QFI\xfb\0\0\0\x03", encoding(Compression::None, Some(DiskFormat::Raw))).unwrap();
-    assert_eq!(found.unwrap().0, DiskFormat::Raw);
+fn bare_disk_that_begins_with_zeros_is_a_disk() {
+    let raw = encoding(Compression::None, Some(DiskFormat::Raw));
+    let mut boot_sector_less = vec![0; 2048];
+    boot_sector_less[1080] = 0x53;
+    assert_eq!(read_all(&boot_sector_less, raw).unwrap().1.unwrap().1, boot_sector_less);
+    let blank = vec![0; (1 << 20) + 512];
+    assert_eq!(read_all(&blank, raw).unwrap().1.unwrap().1, blank);
+}
+
+#[test]
+fn bare_raw_disk_with_a_qcow2_header_is_refused_and_stays_raw_in_a_tar() {
+    let disk = b"QFI\xfb\0\0\0\x03";
+    let error = read_all(disk, encoding(Compression::None, Some(DiskFormat::Raw))).unwrap_err();
+    assert!(matches!(error, LayerError::Qcow2), "{error}");
+    let (_, found) = read_all(&tar_of(&[("ovm/disk.raw", disk)]), PLAIN).unwrap();
+    assert_eq!(found, Some((DiskFormat::Raw, disk.to_vec())));
 }
 
 #[test]
