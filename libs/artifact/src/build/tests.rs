@@ -209,6 +209,34 @@ fn second_build_into_a_layout_keeps_the_first_under_its_tag() {
 }
 
 #[test]
+fn images_of_one_tag_and_different_names_lie_side_by_side() {
+    let files = Files::new();
+    let named = |name: &str| Options { names: vec![ImageName::parse(name).unwrap()], ..Options::default() };
+    let a = files.build("layout", named("a:1"));
+    files.write("initrd", b"070702");
+    let b = files.build("layout", named("demo/b:1"));
+    let replaced = files.build("layout", named("demo/b:1"));
+    assert_eq!(b.image, replaced.image);
+
+    let layout = Layout::open(&files.path("layout")).unwrap();
+
+    let names: Vec<String> = layout.entries().unwrap().into_iter().filter_map(|e| e.name).collect();
+    assert_eq!(names, ["docker.io/library/a:1", "docker.io/demo/b:1"]);
+    let selected = |tag: &str| layout.select(Some(tag)).unwrap().digest().to_string();
+    assert_eq!(
+        (selected("a:1"), selected("docker.io/demo/b:1")),
+        (a.image.digest.to_string(), b.image.digest.to_string())
+    );
+    assert_eq!(selected(&a.image.digest.to_string()), a.image.digest.to_string());
+    let error = layout.select(Some("1")).unwrap_err().to_string();
+    assert_eq!(
+        error,
+        "the layout has several images with the tag 1, choose one by its tag, full name or digest: \
+         docker.io/library/a:1, docker.io/demo/b:1"
+    );
+}
+
+#[test]
 fn directory_that_is_no_layout_is_left_alone() {
     let files = Files::new();
     fs::create_dir(files.path("home")).unwrap();

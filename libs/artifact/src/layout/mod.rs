@@ -18,6 +18,7 @@ pub use store::{Removed, Store, StoreSink};
 pub use write::{DirSink, Progress, Quiet, Sink, Source, TarSink};
 
 use crate::archive::ArchiveError;
+use crate::build::ImageName;
 use crate::digest::{Digest, DigestError, VerifyingReader};
 use crate::image::{ImageError, MAX_DOCUMENT};
 use crate::layer::LayerError;
@@ -92,9 +93,17 @@ pub enum LayoutError {
         /// The tag asked for, or nothing.
         tag: String,
     },
-    /// Several images and no tag.
-    #[error("the layout has several images, choose one by its tag: {0}")]
-    Ambiguous(String),
+    /// Several images and no tag, or one that several have.
+    #[error(
+        "the layout has several images{}{}, choose one by its tag, full name or digest: {names}",
+        if tag.is_empty() { "" } else { " with the tag " }, tag
+    )]
+    Ambiguous {
+        /// The tag asked for, or nothing.
+        tag: String,
+        /// What each of them is chosen by.
+        names: String,
+    },
     /// Indexes within indexes.
     #[error("the layout nests indexes deeper than {MAX_INDEX_DEPTH}")]
     Depth,
@@ -233,30 +242,22 @@ impl Layout {
 
     /// Chooses the image manifest for linux/amd64, by tag if there are several images.
     ///
-    /// A tag matches an entry's tag or its full name. Entries of another platform are passed over.
+    /// A tag matches an entry's tag, its full name (short forms are spelled out: `a:1` is `docker.io/library/a:1`) or its
+    /// digest. Entries of another platform are passed over.
     ///
     /// # Errors
     /// [`LayoutError::NoImage`], [`LayoutError::Ambiguous`], [`LayoutError::Depth`] and those of reading.
     pub fn select(&self, tag: Option<&str>) -> Result<oci::Descriptor, LayoutError> {
-        let mut found = Vec::new();
-        for descriptor in self.index.manifests() {
-            let names = [media::ANNOTATION_REF_NAME, media::ANNOTATION_IMAGE_NAME];
-            let matches = |tag: &str| names.iter().any(|n| annotation(descriptor, n).as_deref() == Some(tag));
-            if tag.is_none_or(matches) && is_ours(descriptor) {
-                found.push(descriptor);
-            }
-        }
+        let found: Vec<_> =
+            self.index.manifests().iter().filter(|d| is_ours(d) && tag.is_none_or(|t| is_called(d, t))).collect();
         match found.as_slice() {
             [] => Err(LayoutError::NoImage { tag: tag.unwrap_or_default().to_owned() }),
-            [one] => self.descend((*one).clone(), 0),
             [first, rest @ ..] if rest.iter().all(|d| d.digest() == first.digest()) => {
                 self.descend((*first).clone(), 0)
             }
             several => {
-                let name = |d: &&oci::Descriptor| {
-                    annotation(d, media::ANNOTATION_REF_NAME).unwrap_or_else(|| d.digest().to_string())
-                };
-                Err(LayoutError::Ambiguous(several.iter().map(name).collect::<Vec<_>>().join(", ")))
+                let names = several.iter().map(|d| shortest_name(d, several)).collect::<Vec<_>>().join(", ");
+                Err(LayoutError::Ambiguous { tag: tag.unwrap_or_default().to_owned(), names })
             }
         }
     }
@@ -286,6 +287,21 @@ fn is_ours(descriptor: &oci::Descriptor) -> bool {
         && descriptor.platform().as_ref().is_none_or(|platform| {
             platform.os().to_string() == "linux" && platform.architecture().to_string() == "amd64"
         })
+}
+
+/// Whether an entry of an index is meant by what somebody calls an image.
+fn is_called(entry: &oci::Descriptor, text: &str) -> bool {
+    let full = ImageName::parse(text).map_or_else(|_| text.to_owned(), |name| name.full);
+    annotation(entry, media::ANNOTATION_REF_NAME).is_some_and(|tag| tag == text)
+        || annotation(entry, media::ANNOTATION_IMAGE_NAME).is_some_and(|name| name == text || name == full)
+        || entry.digest().as_ref() == text
+}
+
+/// The shortest that an entry can be called to be told from the other images: tag, full name, digest.
+fn shortest_name(entry: &oci::Descriptor, among: &[&oci::Descriptor]) -> String {
+    let unique = |name: &String| among.iter().all(|other| other.digest() == entry.digest() || !is_called(other, name));
+    let names = [media::ANNOTATION_REF_NAME, media::ANNOTATION_IMAGE_NAME].map(|name| annotation(entry, name));
+    names.into_iter().flatten().find(unique).unwrap_or_else(|| entry.digest().to_string())
 }
 
 fn annotation(descriptor: &oci::Descriptor, name: &str) -> Option<String> {

@@ -150,7 +150,7 @@ fn several_images_need_a_tag() {
     two["annotations"] = json!({ media::ANNOTATION_REF_NAME: "2" });
     let layout = hand.index(json!([one, two])).open().unwrap();
 
-    assert!(matches!(layout.select(None), Err(LayoutError::Ambiguous(tags)) if tags == "1, 2"));
+    assert!(matches!(layout.select(None), Err(LayoutError::Ambiguous { names, .. }) if names == "1, 2"));
     assert!(layout.load(Some("1")).is_ok());
 }
 

@@ -71,7 +71,7 @@ pub trait Sink {
         false
     }
 
-    /// Writes the index and makes the layout visible. An entry replaces those of the same tag.
+    /// Writes the index and makes the layout visible. An entry replaces the one of the same tag and full name.
     ///
     /// # Errors
     /// [`LayoutError`].
@@ -289,9 +289,12 @@ fn copy_sparse(reader: &mut dyn Read, file: &mut File, progress: &dyn Progress) 
     }
 }
 
+/// Whether one of the new entries has the old one's place: its tag and its full name, since images of different names may
+/// have one tag.
 pub(super) fn replaced(old: &oci::Descriptor, new: &[oci::Descriptor]) -> bool {
-    let tag = annotation(old, media::ANNOTATION_REF_NAME);
-    new.iter().any(|new| annotation(new, media::ANNOTATION_REF_NAME) == tag)
+    let identity =
+        |entry| [media::ANNOTATION_REF_NAME, media::ANNOTATION_IMAGE_NAME].map(|name| annotation(entry, name));
+    new.iter().any(|new| identity(new) == identity(old))
 }
 
 fn layout_marker() -> Result<Vec<u8>, LayoutError> {
