@@ -23,6 +23,7 @@ mod ps;
 mod pull;
 mod push;
 mod run;
+mod scratch;
 mod snapshot;
 mod stop;
 mod terminal;

@@ -11,6 +11,7 @@ use serde::Serialize;
 use crate::error::CliError;
 use crate::images;
 use crate::run::{self, instance::images_in_use};
+use crate::scratch;
 use crate::text;
 
 /// What `ovm ls` takes.
@@ -85,6 +86,7 @@ pub struct RemoveArgs {
 /// Takes names away, and removes what no image needs any more.
 pub fn remove(args: &RemoveArgs) -> Result<(), CliError> {
     let settings = Settings::load().map_err(CliError::invalid)?;
+    scratch::sweep(&settings.paths.state);
     for text in &args.images {
         let store = Store::existing(&images::store_dir(&settings), text)?;
         let removed = store.remove(text, &images_in_use(&settings.paths.state))?;

@@ -9,6 +9,7 @@ use ovms_registry::Registry;
 use crate::error::CliError;
 use crate::images;
 use crate::progress::Steps;
+use crate::scratch;
 use crate::text;
 
 /// What `ovm pull` takes.
@@ -32,6 +33,7 @@ pub struct Args {
 /// Pulls the image and prints its digest.
 pub fn run(args: &Args) -> Result<(), CliError> {
     let settings = Settings::load().map_err(CliError::invalid)?;
+    scratch::sweep(&settings.paths.state);
     let name = images::name(&args.reference)?;
     let registry = Registry::open(ovms_registry::parse(&name.full)?, args.plain_http)?;
     let store = Store::open(&images::store_dir(&settings))?;

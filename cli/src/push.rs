@@ -10,6 +10,7 @@ use ovms_registry::{Pushed, Registry};
 use crate::error::CliError;
 use crate::images;
 use crate::progress::Steps;
+use crate::scratch;
 use crate::text;
 
 /// What `ovm push` takes.
@@ -37,6 +38,7 @@ pub struct Args {
 /// Pushes the image and prints its digest.
 pub fn run(args: &Args) -> Result<(), CliError> {
     let settings = Settings::load().map_err(CliError::invalid)?;
+    scratch::sweep(&settings.paths.state);
     let found = images::find(&settings, &args.image, args.tag.as_deref())?;
     let reference = match &args.reference {
         Some(reference) => reference.clone(),

@@ -1,13 +1,12 @@
 //! `ovm snapshot`: an image of a running machine, from which any number of others resume.
 //!
 //! ```text
-//!  machine ──machine.sock──> <state>/tmp/snapshot-…/{ram, disk.qcow2, snapshot.json} ─┐
+//!  machine ──machine.sock──> <state>/scratch/…/{ram, disk.qcow2, snapshot.json} ─────┐
 //!  its image: a layout or the store, or containerd's content store ───────────────────┴─> image in the store (or -o) ─> push
 //! ```
 //! The base image is looked for before the machine is asked for anything, so that what cannot be made costs no pause.
 
-use std::fs::{self, DirBuilder};
-use std::os::unix::fs::DirBuilderExt;
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -26,6 +25,8 @@ use crate::images::{self, Found};
 use crate::machines::{self, Machine};
 use crate::progress::Steps;
 use crate::push;
+use crate::run::instance::images_in_use;
+use crate::scratch::{self, Scratch};
 use crate::stop;
 use crate::terminal::Signals;
 use crate::text;
@@ -77,6 +78,7 @@ pub fn run(args: &Args) -> Result<(), CliError> {
     }
     let steps = Steps::new(args.quiet);
     let store = Store::open(&images::store_dir(&settings))?;
+    clear_up(&settings, &store);
     // Held from here on, so that nothing of the base is removed meanwhile.
     let mut writer = store.writer()?;
     let base = base(&settings, &machine, &store, &mut writer, &steps)?;
@@ -84,7 +86,8 @@ pub fn run(args: &Args) -> Result<(), CliError> {
     let full =
         args.full || lacks_parents(&machine, &loaded.parts.ram_snapshots.iter().map(|b| b.digest).collect::<Vec<_>>());
 
-    let dir = scratch(&settings)?;
+    // For the engine, on the store's file system.
+    let dir = Scratch::make(&settings.paths.state).map_err(CliError::io)?;
     take(&settings, &machine, &ToMachine::Snapshot { dir: dir.path().to_owned(), full, stop: args.stop }, args.quiet)?;
     let sink: Box<dyn Sink> = match &args.output {
         Some(dir) => Box::new(DirSink::create(dir)?),
@@ -111,6 +114,14 @@ pub fn run(args: &Args) -> Result<(), CliError> {
         }
     }
     Ok(())
+}
+
+/// Removes what killed snapshots have left, here and in the store: each may be a whole memory with its secrets.
+fn clear_up(settings: &Settings, store: &Store) {
+    scratch::sweep(&settings.paths.state);
+    if let Err(err) = store.collect(&images_in_use(&settings.paths.state)) {
+        eprintln!("ovm: the store is not cleared up: {}", CliError::from(err).chain());
+    }
 }
 
 /// The image that the machine was made from. That of a machine of containerd's is copied into the store, without a name.
@@ -148,13 +159,6 @@ fn lacks_parents(machine: &Machine, base: &[Digest]) -> bool {
     let Some(ram) = bundle.and_then(|bundle| bundle.ram) else { return false };
     let needed = std::iter::once(&ram.digest).chain(&ram.parents);
     !needed.into_iter().all(|digest| digest.parse().is_ok_and(|digest| base.contains(&digest)))
-}
-
-/// A directory for the engine, on the store's file system.
-fn scratch(settings: &Settings) -> Result<tempfile::TempDir, CliError> {
-    let all = settings.paths.state.join("tmp");
-    DirBuilder::new().recursive(true).mode(0o700).create(&all).map_err(CliError::io)?;
-    tempfile::Builder::new().prefix("snapshot-").tempdir_in(&all).map_err(CliError::io)
 }
 
 /// Has the machine's engine take the snapshot; a signal gives it up and the machine goes on.

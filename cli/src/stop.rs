@@ -11,6 +11,7 @@ use ovms_engine::{Engine, Kind, State, ToMachine};
 use crate::error::CliError;
 use crate::machines::{self, Machine};
 use crate::run::NAMESPACE;
+use crate::scratch;
 use crate::text;
 
 /// How often a waiter looks.
@@ -59,6 +60,7 @@ pub struct RemoveArgs {
 /// Removes what is left of machines.
 pub fn remove(args: &RemoveArgs) -> Result<(), CliError> {
     let settings = Settings::load().map_err(CliError::invalid)?;
+    scratch::sweep(&settings.paths.state);
     for name in &args.ids {
         let machine = machines::find(&settings, name)?;
         if machine.namespace != NAMESPACE {

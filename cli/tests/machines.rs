@@ -53,7 +53,7 @@ impl Host {
 
     /// Nothing of any machine is left.
     fn assert_clean(&self) {
-        for dir in ["state/run", "state/tmp", "runtime/machines/ovm", "runtime/uids"] {
+        for dir in ["state/run", "state/scratch", "runtime/machines/ovm", "runtime/uids"] {
             let left: Vec<PathBuf> =
                 fs::read_dir(self.dir.path().join(dir)).into_iter().flatten().map(|e| e.unwrap().path()).collect();
             assert!(left.is_empty(), "{dir}: {left:?}");
@@ -226,5 +226,44 @@ fn a_snapshot_with_stop_ends_the_machine_and_a_missing_base_is_told() {
     assert_eq!((&ram["preload_hint"], &ram["mlock_required"]), (&true.into(), &true.into()));
     host.ok(&["validate", "-q", "out"]);
     host.ok(&["rm", "a"]);
+    host.assert_clean();
+}
+
+#[test]
+#[ignore = "needs /dev/kvm and root"]
+fn a_killed_snapshot_leaves_no_memory_behind_after_the_next_one() {
+    let host = Host::new(5);
+    host.ok(&["run", "-d", "--name", "a", &host.named("spin")]);
+    host.expect("a", "tick 1\n");
+    let scratch = host.dir.path().join("state/scratch");
+    let left = || fs::read_dir(&scratch).into_iter().flatten().count();
+    // Killed while its directory is there; one that was quicker is tried again.
+    let begin = Instant::now();
+    while left() == 0 {
+        assert!(begin.elapsed() < PATIENCE, "no snapshot was met at work");
+        let mut command = host.command();
+        let mut taking =
+            command.current_dir(host.dir.path()).args(["snapshot", "-q", "a", "-t", "x:1"]).spawn().unwrap();
+        while left() == 0 && taking.try_wait().unwrap().is_none() {
+            sleep(Duration::from_micros(200));
+        }
+        taking.kill().unwrap();
+        taking.wait().unwrap();
+    }
+
+    // The machine may still be giving the killed one up.
+    let begin = Instant::now();
+    while host.ovm(&["snapshot", "-q", "a", "-t", "x:2"]).code != Some(0) {
+        assert!(begin.elapsed() < PATIENCE, "no snapshot after the killed one");
+        sleep(Duration::from_millis(20));
+    }
+
+    assert_eq!(left(), 0);
+    let named: usize = fs::read_dir(host.dir.path().join("state/store/blobs/sha256"))
+        .unwrap()
+        .filter(|entry| entry.as_ref().unwrap().file_name().to_string_lossy().starts_with('.'))
+        .count();
+    assert_eq!(named, 0, "half a blob is left in the store");
+    host.ok(&["rm", "-f", "a"]);
     host.assert_clean();
 }

@@ -37,6 +37,7 @@ use ovms_engine::{
 use crate::error::CliError;
 use crate::images::{self, Found};
 use crate::progress::Steps;
+use crate::scratch;
 use crate::terminal::{self, Console, RawMode, Signals};
 use instance::{Ended, Instance, Kept, Origin};
 
@@ -319,6 +320,7 @@ fn attend<R>(
         // What killed runs have left, now that the guest does not wait for it.
         Engine::new(settings.clone()).sweep(NAMESPACE);
         instance::sweep(&settings.paths.state);
+        scratch::sweep(&settings.paths.state);
         let exit = wait(machine, &heard, stop_timeout)?;
         // The machine's end of the pipe is closed, so this comes to its end once everything is written.
         if output.join().is_err() {
