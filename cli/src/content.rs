@@ -9,6 +9,7 @@ use ovms_artifact::image::{parse_manifest, Blob, ImageError, MAX_DOCUMENT};
 use ovms_artifact::layout::{LayoutError, Progress, Quiet, Sink, Source};
 use ovms_artifact::media;
 use ovms_artifact::oci::{Descriptor, ImageIndex};
+use ovms_artifact::platform::{self, MAX_INDEX_DEPTH};
 use ovms_config::Settings;
 use ovms_containerd::{Containerd, Error, Kind, Scope};
 use ovms_registry::Registry;
@@ -102,6 +103,23 @@ impl Content {
 
     /// The image manifest for linux/amd64 that a digest leads to, and its blob.
     fn manifest(&self, digest: &str, media_type: &str) -> Result<(Vec<u8>, Blob), CliError> {
+        let (mut digest, mut media_type) = (digest.to_owned(), media_type.to_owned());
+        for _ in 0..=MAX_INDEX_DEPTH {
+            let (bytes, found) = self.document(&digest)?;
+            if !media::is_index(&media_type) {
+                let size = bytes.len() as u64;
+                return Ok((bytes, Blob { digest: found, size, media_type }));
+            }
+            let index: ImageIndex = serde_json::from_slice(&bytes)
+                .map_err(|source| LayoutError::Image(ImageError::Document { what: "image index", source }))?;
+            let ours = platform::choose(index.manifests()).ok_or(LayoutError::NoImage { tag: String::new() })?;
+            (digest, media_type) = (ours.digest().to_string(), ours.media_type().to_string());
+        }
+        Err(LayoutError::Depth.into())
+    }
+
+    /// Reads a manifest or an index.
+    fn document(&self, digest: &str) -> Result<(Vec<u8>, Digest), CliError> {
         let bytes = self.runtime.block_on(self.containerd.read_small(&self.scope, digest, MAX_DOCUMENT))?;
         let expected: Digest = digest.parse().map_err(CliError::invalid)?;
         let found = Digest::of(&bytes);
@@ -109,20 +127,7 @@ impl Content {
             let blob = "the image manifest".to_owned();
             return Err(CliError::invalid(DigestError::Mismatch { blob, expected, found }));
         }
-        if !media::is_index(media_type) {
-            let size = bytes.len() as u64;
-            return Ok((bytes, Blob { digest: found, size, media_type: media_type.to_owned() }));
-        }
-        let index: ImageIndex = serde_json::from_slice(&bytes)
-            .map_err(|source| LayoutError::Image(ImageError::Document { what: "image index", source }))?;
-        let ours = index.manifests().iter().find(|entry| {
-            !media::is_index(entry.media_type().as_ref())
-                && entry.platform().as_ref().is_none_or(|platform| {
-                    platform.os().to_string() == "linux" && platform.architecture().to_string() == "amd64"
-                })
-        });
-        let ours = ours.ok_or(LayoutError::NoImage { tag: String::new() })?;
-        self.manifest(ours.digest().as_ref(), ours.media_type().as_ref())
+        Ok((bytes, found))
     }
 }
 

@@ -1,7 +1,7 @@
 //! What an OVMS image is made of, read from people and networks nobody vouches for.
 //!
 //! [`manifest`] and [`media`] are the specification's terms, [`digest`] checks bytes as they pass, [`layer`] finds the
-//! disk in a layer blob, [`layout`] reads and writes OCI image layouts, [`image`] puts a manifest, its config and its
+//! disk in a layer blob, [`layout`] reads and writes OCI image layouts, [`platform`] chooses among an index's images, [`image`] puts a manifest, its config and its
 //! blobs together into one [`image::Resolved`] image, and [`build`] writes such images. Nothing here runs a machine,
 //! parses a disk format or talks to a network, and nothing panics on input: the lints below see to it.
 #![forbid(unsafe_code)]
@@ -25,5 +25,6 @@ pub mod layer;
 pub mod layout;
 pub mod manifest;
 pub mod media;
+pub mod platform;
 
 pub use oci_spec::image as oci;

@@ -5,6 +5,7 @@ use oci_client::RegistryOperation;
 use ovms_artifact::digest::{Digest, DigestError};
 use ovms_artifact::image::{parse_manifest, Blob, MAX_DOCUMENT};
 use ovms_artifact::layout::{Progress, Sink};
+use ovms_artifact::platform::{self, MAX_INDEX_DEPTH};
 use ovms_artifact::{media, oci};
 use reqwest::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE};
 use reqwest::StatusCode;
@@ -12,8 +13,6 @@ use reqwest::StatusCode;
 use crate::stream::RemoteBlob;
 use crate::{Registry, RegistryError};
 
-/// Most nested indexes.
-const MAX_DEPTH: usize = 4;
 /// Media types of what we call a manifest or an index.
 const ACCEPTED: [&str; 4] = [media::OCI_MANIFEST, media::OCI_INDEX, media::DOCKER_MANIFEST, media::DOCKER_INDEX];
 
@@ -58,7 +57,7 @@ impl Registry {
     /// The manifest of the image for linux/amd64, and its media type.
     fn image_manifest(&self, token: Option<&str>) -> Result<(Vec<u8>, String), RegistryError> {
         let mut name = self.reference.digest().or(self.reference.tag()).unwrap_or("latest").to_owned();
-        for _ in 0..=MAX_DEPTH {
+        for _ in 0..=MAX_INDEX_DEPTH {
             let (bytes, media_type) = self.manifest(&name, token)?;
             if !media::is_index(&media_type) {
                 return Ok((bytes, media_type));
@@ -67,15 +66,7 @@ impl Registry {
                 what: format!("the index of {}", self.reference),
                 source,
             })?;
-            let ours = index.manifests().iter().find(|entry| {
-                entry.platform().as_ref().is_some_and(|platform| {
-                    platform.os().to_string() == "linux" && platform.architecture().to_string() == "amd64"
-                })
-            });
-            let ours = ours.or(match index.manifests().as_slice() {
-                [only] if only.platform().is_none() => Some(only),
-                _ => None,
-            });
+            let ours = platform::choose(index.manifests());
             name = ours.ok_or_else(|| RegistryError::Platform(self.reference.to_string()))?.digest().to_string();
         }
         Err(RegistryError::Platform(self.reference.to_string()))

@@ -25,11 +25,10 @@ use crate::layer::LayerError;
 use crate::manifest::ManifestError;
 use crate::media;
 use crate::oci;
+use crate::platform::{self, MAX_INDEX_DEPTH};
 
 use source::Files;
 
-/// Deepest nesting of indexes.
-const MAX_INDEX_DEPTH: usize = 4;
 /// The layout version there is (OCI image layout specification).
 const LAYOUT_VERSION: &str = "1.0.0";
 
@@ -105,7 +104,7 @@ pub enum LayoutError {
         names: String,
     },
     /// Indexes within indexes.
-    #[error("the layout nests indexes deeper than {MAX_INDEX_DEPTH}")]
+    #[error("the image nests indexes deeper than {MAX_INDEX_DEPTH}")]
     Depth,
     /// A directory that is there and not ours to write into.
     #[error("{} exists and is no OCI image layout: choose another place", .0.display())]
@@ -248,8 +247,12 @@ impl Layout {
     /// # Errors
     /// [`LayoutError::NoImage`], [`LayoutError::Ambiguous`], [`LayoutError::Depth`] and those of reading.
     pub fn select(&self, tag: Option<&str>) -> Result<oci::Descriptor, LayoutError> {
-        let found: Vec<_> =
-            self.index.manifests().iter().filter(|d| is_ours(d) && tag.is_none_or(|t| is_called(d, t))).collect();
+        let found: Vec<_> = self
+            .index
+            .manifests()
+            .iter()
+            .filter(|d| platform::is_ours(d) && tag.is_none_or(|t| is_called(d, t)))
+            .collect();
         match found.as_slice() {
             [] => Err(LayoutError::NoImage { tag: tag.unwrap_or_default().to_owned() }),
             [first, rest @ ..] if rest.iter().all(|d| d.digest() == first.digest()) => {
@@ -273,20 +276,10 @@ impl Layout {
         let bytes = self.document("an index", &digest, descriptor.size())?;
         let index: oci::ImageIndex =
             serde_json::from_slice(&bytes).map_err(|e| LayoutError::Document("an index".to_owned(), e))?;
-        let next = index.manifests().iter().find(|d| is_ours(d)).cloned();
+        let next = platform::choose(index.manifests()).cloned();
         let next = next.ok_or(LayoutError::NoImage { tag: String::new() })?;
         self.descend(next, depth.saturating_add(1))
     }
-}
-
-/// An image or index that can be for us: of a known type, and for linux/amd64 or no platform in particular.
-fn is_ours(descriptor: &oci::Descriptor) -> bool {
-    let media_type = descriptor.media_type().to_string();
-    let typed = media::is_index(&media_type) || media::is_image_manifest(&media_type);
-    typed
-        && descriptor.platform().as_ref().is_none_or(|platform| {
-            platform.os().to_string() == "linux" && platform.architecture().to_string() == "amd64"
-        })
 }
 
 /// Whether an entry of an index is meant by what somebody calls an image.

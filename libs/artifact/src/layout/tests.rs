@@ -115,7 +115,9 @@ fn tar_of_a_layout_reads_as_the_layout() {
 fn linux_amd64_is_taken_from_nested_indexes() {
     let hand = Hand::new();
     let (ours, other) = (hand.image("amd64"), hand.image("arm64"));
-    let platforms = json!([with_platform(other, "arm64"), with_platform(ours.clone(), "amd64")]);
+    let mut unknown = hand.blob(media::OCI_MANIFEST, b"says no platform, and something else does say ours");
+    unknown["annotations"] = json!({ "vnd.docker.reference.type": "attestation-manifest" });
+    let platforms = json!([unknown, with_platform(other, "arm64"), with_platform(ours.clone(), "amd64")]);
     let inner = hand.json(media::OCI_INDEX, &json!({ "schemaVersion": 2, "manifests": platforms }));
     let outer = hand.json(media::DOCKER_INDEX, &json!({ "schemaVersion": 2, "manifests": [inner] }));
 
