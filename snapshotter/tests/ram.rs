@@ -333,6 +333,62 @@ async fn ram_that_must_be_locked_is_as_long_as_a_container_uses_it() {
     assert_eq!(locked_kib(&daemon), 0);
 }
 
+/// KiB of a file that a process has locked, by its own account.
+fn locked_kib_of(daemon: &Daemon, path: &Path) -> u64 {
+    let inode = fs::metadata(path).unwrap().ino().to_string();
+    let smaps = fs::read_to_string(format!("/proc/{}/smaps", daemon.child.id())).unwrap();
+    let (mut ours, mut locked) = (false, 0);
+    for line in smaps.lines() {
+        let words: Vec<_> = line.split_whitespace().collect();
+        match words.as_slice() {
+            [range, _, _, _, found, ..] if range.contains('-') => ours = *found == inode,
+            ["Locked:", kib, "kB"] if ours => locked += kib.parse::<u64>().unwrap(),
+            _ => {}
+        }
+    }
+    locked
+}
+
+#[tokio::test]
+async fn ram_is_locked_in_the_file_that_each_machine_maps() {
+    let (dir, shm) = (tempfile::tempdir().unwrap(), tempfile::tempdir_in("/dev/shm").unwrap());
+    std::os::unix::fs::symlink(shm.path(), dir.path().join("run")).unwrap();
+    let daemon = Daemon::start_with(dir.path(), "ram.preload_budget = 0");
+    let mut client = daemon.client().await;
+    walked_image_with(&mut client, &hints(r#""preload_hint":true,"mlock_required":true"#)).await;
+    let (from, _) = checkpoint(dir.path(), 4 * MIB, 7);
+    let (one, two) = (container(&mut client, "default/5/one").await, container(&mut client, "default/6/two").await);
+    let on_disk = record(daemon.resolve_from(&one, Some(&from)).1).ram.unwrap().memory;
+    let data = locked_kib_of(&daemon, &on_disk);
+    assert!(on_disk.starts_with(dir.path().join("root")) && data > 0, "{data} KiB of {}", on_disk.display());
+    daemon.kill();
+    let daemon = Daemon::start(dir.path());
+    wait_for("the lock after a start", || locked_kib_of(&daemon, &on_disk) == data);
+
+    // There is room on tmpfs now, while the first machine still maps the file on disk.
+    let on_tmpfs = record(daemon.resolve_from(&two, Some(&from)).1).ram.unwrap().memory;
+
+    assert!(on_tmpfs.canonicalize().unwrap().starts_with(shm.path()), "{}", on_tmpfs.display());
+    assert_eq!((locked_kib_of(&daemon, &on_disk), locked_kib_of(&daemon, &on_tmpfs)), (data, data));
+    // A start finds both again.
+    daemon.kill();
+    let daemon = Daemon::start(dir.path());
+    let both = || (locked_kib_of(&daemon, &on_disk), locked_kib_of(&daemon, &on_tmpfs));
+    wait_for("both locks after a start", || both() == (data, data));
+    // A copy in the place of another is another file.
+    fs::remove_file(&on_tmpfs).unwrap();
+    record(daemon.resolve_from(&two, Some(&from)).1);
+    assert_eq!((both(), locked_kib(&daemon)), ((data, data), 3 * data));
+    // The first machine is started again, from the copy: nobody maps the file on disk any more.
+    assert_eq!(record(daemon.resolve_from(&one, Some(&from)).1).ram.unwrap().memory, on_tmpfs);
+    assert_eq!(both(), (0, data));
+    let mut client = daemon.client().await;
+    remove(&mut client, "default/5/one").await;
+    assert_eq!(locked_kib_of(&daemon, &on_tmpfs), data);
+    remove(&mut client, "default/6/two").await;
+    assert_eq!(locked_kib(&daemon), 0);
+}
+
 #[tokio::test]
 async fn ram_that_cannot_be_locked_is_refused_with_the_limit() {
     let dir = tempfile::tempdir().unwrap();

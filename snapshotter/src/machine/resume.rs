@@ -15,7 +15,7 @@ use ovms_artifact::manifest::Manifest;
 use ovms_bundle::{Ram, Record};
 
 use super::checkpoint::{Checkpoint, Mark, MARK};
-use super::ram::{self, locked, Wanted};
+use super::ram::{self, locked::Place, Wanted};
 use super::tops::{self, Seen};
 use super::unpack::Tell;
 use crate::daemon::Daemon;
@@ -158,9 +158,12 @@ fn change(daemon: &Daemon, bundle: &Path, number: u64, start: Start) -> Result<(
         }
         record.save(bundle).context(failed)
     })?;
-    let now = record.ram.map(|ram| ram.digest);
-    if let Some(gone) = before.map(|ram| ram.digest).filter(|gone| now.as_ref() != Some(gone)) {
-        daemon.store.let_go(&[format!("ram {gone}"), locked::key(&gone)], number)?;
+    let needs = |ram: &Ram| [ram::key_of(&ram.digest), Place::of(daemon, ram).key()];
+    let now = record.ram.as_ref().map(needs).into_iter().flatten().collect::<Vec<_>>();
+    let before = before.as_ref().map(needs).into_iter().flatten();
+    let gone = before.filter(|key| !now.contains(key)).collect::<Vec<_>>();
+    if !gone.is_empty() {
+        daemon.store.let_go(&gone, number)?;
         daemon.unlock()?;
     }
     Ok(())

@@ -1,26 +1,77 @@
-//! RAM that must not leave memory (`mlock_required`): the daemon holds one locked mapping of the memory file, which all
-//! machines that run from it share, for as long as a container's snapshot uses it.
+//! RAM that must not leave memory (`mlock_required`): the daemon holds one locked mapping of each memory file that machines
+//! run from, which all of them share, for as long as a container's snapshot uses it. A digest may be in memory twice: those
+//! who came before there was room on tmpfs map the file on disk, later ones its copy ([`super::preload`]).
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::path::Path;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use ovms_bundle::ram::memory_path;
+use ovms_bundle::Ram;
 use rustix::process::{getrlimit, setrlimit, Resource, Rlimit};
 
 use crate::daemon::Daemon;
 use crate::error::{Context, Error, Result};
 use crate::sys::Locked;
 
-/// Prefix of the store's keys by which containers hold a lock.
+/// Prefix of the store's keys by which containers hold a lock on a file on disk.
 const KEY: &str = "mlock ";
+/// The same for the copy on tmpfs.
+const KEY_TMPFS: &str = "mlock tmpfs ";
 
-/// The locked files by their digests.
+/// Which file of a digest is locked: the one that a machine maps.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    digest: String,
+    tmpfs: bool,
+}
+
+impl Place {
+    /// That of RAM which a machine is given.
+    pub fn of(daemon: &Daemon, ram: &Ram) -> Self {
+        Self { digest: ram.digest.clone(), tmpfs: daemon.preloads.holds(&ram.memory) }
+    }
+
+    /// The place that a store's key locks, if it is such a key.
+    pub fn of_key(key: &str) -> Option<Self> {
+        let tmpfs = key.strip_prefix(KEY_TMPFS);
+        let digest = tmpfs.or_else(|| key.strip_prefix(KEY))?;
+        Some(Self { digest: digest.to_owned(), tmpfs: tmpfs.is_some() })
+    }
+
+    /// The store's key by which a container holds the lock.
+    pub fn key(&self) -> String {
+        let prefix = if self.tmpfs { KEY_TMPFS } else { KEY };
+        format!("{prefix}{}", self.digest)
+    }
+
+    /// The file, if it is there: a reboot empties tmpfs, and ends all who mapped it.
+    pub fn memory(&self, daemon: &Daemon) -> Option<PathBuf> {
+        let hex = self.digest.strip_prefix("sha256:").unwrap_or(&self.digest);
+        match self.tmpfs {
+            true => daemon.preloads.find(hex),
+            false => Some(memory_path(&daemon.layout.ram().join(hex))),
+        }
+    }
+}
+
+/// One locked file.
+#[derive(Debug)]
+struct Entry {
+    /// The store's key that it is locked for.
+    key: String,
+    locked: Locked,
+}
+
+/// The locked files by device and inode, which a mapping keeps from being given to another file. A file that took the
+/// place of a locked one is locked beside it: machines may still run from the one before.
 #[derive(Debug, Default)]
-pub struct LockedFiles(Mutex<HashMap<String, Locked>>);
+pub struct LockedFiles(Mutex<HashMap<(u64, u64), Entry>>);
 
 impl LockedFiles {
-    fn all(&self) -> MutexGuard<'_, HashMap<String, Locked>> {
+    fn all(&self) -> MutexGuard<'_, HashMap<(u64, u64), Entry>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -29,42 +80,35 @@ impl LockedFiles {
         self.all().is_empty()
     }
 
-    /// Gives up what nobody needs.
+    /// Gives up what nobody needs, by the keys of the store.
     pub fn retain(&self, needed: impl Fn(&str) -> bool) {
-        let gone: Vec<_> = self.all().extract_if(|digest, _| !needed(&key(digest))).collect();
+        let gone: Vec<_> = self.all().extract_if(|_, entry| !needed(&entry.key)).collect();
         // Unmapping takes a while and needs no lock.
-        for (digest, locked) in gone {
-            tracing::info!(digest, bytes = locked.bytes(), "RAM is no longer locked");
+        for (_, Entry { key, locked }) in gone {
+            tracing::info!(key, bytes = locked.bytes(), "RAM is no longer locked");
         }
     }
 }
 
-/// The store's key by which a container holds the lock on a digest.
-pub fn key(digest: &str) -> String {
-    format!("{KEY}{digest}")
-}
-
-/// The digest that a store's key locks, if it is such a key.
-pub fn digest_of(key: &str) -> Option<&str> {
-    key.strip_prefix(KEY)
-}
-
-/// Locks the memory file of a digest, unless it is locked already. Blocks while it is read in. The caller makes sure that
-/// it is called once at a time for each digest.
-pub fn lock(daemon: &Daemon, digest: &str, memory: &Path) -> Result<()> {
-    if daemon.locked.all().contains_key(digest) {
+/// Locks a memory file, unless this very file is locked already. Blocks while it is read in. The caller makes sure that it
+/// is called once at a time for each place.
+pub fn lock(daemon: &Daemon, place: &Place, memory: &Path) -> Result<()> {
+    let failed = || format!("cannot open {}", memory.display());
+    let file = File::open(memory).context(failed)?;
+    let found = file.metadata().context(failed)?;
+    let id = (found.dev(), found.ino());
+    if daemon.locked.all().contains_key(&id) {
         return Ok(());
     }
     let started = std::time::Instant::now();
-    let file = File::open(memory).context(|| format!("cannot open {}", memory.display()))?;
-    let locked = Locked::new(&file).map_err(|err| refused(&file, digest, err))?;
-    tracing::info!(digest, bytes = locked.bytes(), took = ?started.elapsed(), "RAM is locked in memory");
-    daemon.locked.all().insert(digest.to_owned(), locked);
+    let locked = Locked::new(&file).map_err(|err| refused(&file, &place.digest, err))?;
+    let (key, took) = (place.key(), started.elapsed());
+    tracing::info!(memory = %memory.display(), bytes = locked.bytes(), ?took, "RAM is locked in memory");
+    daemon.locked.all().insert(id, Entry { key, locked });
     Ok(())
 }
 
 fn refused(file: &File, digest: &str, err: std::io::Error) -> Error {
-    use std::os::unix::fs::MetadataExt;
     let mib = file.metadata().map_or(0, |found| found.blocks() * 512) >> 20;
     let limit = match getrlimit(Resource::Memlock).current {
         None => "not limited (RLIMIT_MEMLOCK)".to_owned(),

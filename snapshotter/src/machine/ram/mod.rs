@@ -22,11 +22,12 @@ use std::time::Duration;
 
 use ovms_artifact::digest::{Digest, VerifyingReader};
 use ovms_artifact::manifest::Manifest;
-use ovms_bundle::ram::{find, memory_path, parent_of, unpack, RamOptions};
+use ovms_bundle::ram::{find, parent_of, unpack, RamOptions};
 use ovms_bundle::worker::{Launcher, RamBlob};
 use ovms_bundle::Ram;
 use ovms_config::settings::RamPolicy;
 
+use self::locked::Place;
 use super::layer_of;
 use super::unpack::{open_plain, telling, Tell};
 use crate::daemon::Daemon;
@@ -83,7 +84,12 @@ impl Wanted {
 
 /// The store's key by which snapshots hold an unpacked RAM snapshot.
 pub fn key(hex: &str) -> String {
-    format!("ram sha256:{hex}")
+    key_of(&format!("sha256:{hex}"))
+}
+
+/// The same of a whole digest.
+pub fn key_of(digest: &str) -> String {
+    format!("ram {digest}")
 }
 
 /// Whether the operator lets machines resume from RAM that comes with an image. Where not, it is not even unpacked;
@@ -110,9 +116,9 @@ pub async fn ready(
         ram.memory = preload(daemon, &hex, ram.memory, tell).await?;
     }
     if wanted.mlock {
-        let digest = wanted.digest.to_string();
-        hold(daemon, vec![locked::key(&digest)], holders.iter().take(1).copied().collect()).await?;
-        lock(daemon, digest, ram.memory.clone(), tell).await?;
+        let place = Place::of(daemon, &ram);
+        hold(daemon, vec![place.key()], holders.iter().take(1).copied().collect()).await?;
+        lock(daemon, place, ram.memory.clone(), tell).await?;
     }
     Ok(ram)
 }
@@ -133,10 +139,10 @@ async fn preload(daemon: &Arc<Daemon>, hex: &str, memory: PathBuf, tell: Tell<'_
     Ok(place)
 }
 
-async fn lock(daemon: &Arc<Daemon>, digest: String, memory: PathBuf, tell: Tell<'_>) -> Result<()> {
+async fn lock(daemon: &Arc<Daemon>, place: Place, memory: PathBuf, tell: Tell<'_>) -> Result<()> {
     tell("locking RAM in memory".into());
-    let _alone = daemon.keyed.lock(locked::key(&digest)).await;
-    daemon.blocking(move |daemon| locked::lock(daemon, &digest, &memory)).await
+    let _alone = daemon.keyed.lock(place.key()).await;
+    daemon.blocking(move |daemon| locked::lock(daemon, &place, &memory)).await
 }
 
 /// Makes sure that a digest is unpacked, which its snapshots hold already.
@@ -298,16 +304,11 @@ pub async fn relock(daemon: Arc<Daemon>) {
         tracing::warn!(error = err.chain(), "RAM that must be locked in memory may not be");
         Default::default()
     });
-    for digest in held.iter().filter_map(|key| locked::digest_of(key)) {
-        let hex = digest.strip_prefix("sha256:").unwrap_or(digest);
-        let on_disk = || memory_path(&daemon.layout.ram().join(hex));
-        let memory = daemon.preloads.find(hex).unwrap_or_else(on_disk);
-        if let Err(err) = lock(&daemon, digest.to_owned(), memory, &|_| ()).await {
-            tracing::warn!(
-                digest,
-                error = err.chain(),
-                "RAM that must be locked is not, until its next machine starts"
-            );
+    for place in held.iter().filter_map(|key| Place::of_key(key)) {
+        let Some(memory) = place.memory(&daemon) else { continue };
+        let key = place.key();
+        if let Err(err) = lock(&daemon, place, memory, &|_| ()).await {
+            tracing::warn!(key, error = err.chain(), "RAM that must be locked is not, until its next machine starts");
         }
     }
 }

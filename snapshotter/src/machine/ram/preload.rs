@@ -63,6 +63,11 @@ impl Preloads {
         Some(self.dir.join(hex)).filter(|path| path.exists())
     }
 
+    /// Whether a file is one of these copies.
+    pub fn holds(&self, path: &Path) -> bool {
+        path.starts_with(&self.dir)
+    }
+
     fn names(&self) -> Result<Vec<String>> {
         if self.dir.exists() {
             crate::daemon::names(&self.dir)
