@@ -9,6 +9,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use ovms_artifact::digest::Digest;
 use ovms_proto::bundle::{FromSnapshotter, RefusalKind};
 use ovms_snapshotter::proto::snapshots::snapshots_client::SnapshotsClient;
 use ovms_snapshotter::proto::snapshots::{
@@ -18,7 +19,10 @@ use ovms_snapshotter::proto::snapshots::{
 use tonic::transport::Channel;
 use tonic::Code;
 
-use common::{commit, kill_worker, names, prepare, record, settings, wait_for, walked_image, write_layer, Daemon};
+use common::{
+    commit, kill_worker, names, prepare, record, settings, wait_for, walked_image, write_layer, write_layer_with,
+    Daemon,
+};
 
 fn assert_machine(record: &ovms_bundle::Record) {
     let disk = record.disk.as_ref().unwrap();
@@ -103,7 +107,7 @@ async fn a_layer_worker_that_is_killed_leaves_nothing_and_the_next_attempt_works
     let daemon = Daemon::start(dir.path());
     let mut client = daemon.client().await;
     let fs = prepare(&mut client, "default/1/extract", "").await;
-    write_layer(&fs, "base", 1);
+    write_layer(&fs, &["base"]);
     // Long enough to be met at work.
     let disk: Vec<u8> = (0..96_u32 << 18).flat_map(|word| (word ^ 0x5bd1_e995).to_le_bytes()).collect();
     fs::write(Path::new(&fs).join("ovm/disk.raw"), disk).unwrap();
@@ -194,6 +198,37 @@ async fn an_ordinary_layer_above_a_machine_is_refused_at_commit() {
 }
 
 #[tokio::test]
+async fn a_descriptor_that_exchanges_its_disks_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let daemon = Daemon::start(dir.path());
+    let mut client = daemon.client().await;
+    // Snapshots under the names that containerd gives them: chain ids of the layers' tars.
+    let [base, diff] = ["base", "diff"].map(|tar| Digest::of(tar.as_bytes()));
+    let fs = prepare(&mut client, "default/1/extract-a", "").await;
+    write_layer_with(&fs, "base", &[base], "");
+    let below = base.chained_on(None);
+    commit(&mut client, &format!("default/2/{below}"), "default/1/extract-a").await;
+    for (number, (refs, fits)) in [([base, diff], true), ([diff, base], false)].into_iter().enumerate() {
+        let key = |name: &str| format!("default/{}/{name}", 10 * (number + 1));
+        let fs = prepare(&mut client, &key("extract"), &format!("default/2/{below}")).await;
+        write_layer_with(&fs, "diff", &refs, "");
+        let image = key(&diff.chained_on(Some(&below)).to_string());
+        commit(&mut client, &image, &key("extract")).await;
+        let source = prepare(&mut client, &key("vm"), &image).await;
+
+        match daemon.resolve(&source).1 {
+            FromSnapshotter::Resolved { .. } => assert!(fits),
+            FromSnapshotter::Refused { kind: RefusalKind::Invalid, message } => {
+                assert!(!fits, "{message}");
+                assert!(message.contains(&format!("diskLayers[0].ref: is {diff}")), "{message}");
+                assert!(message.contains(&format!("in this place is {base}")), "{message}");
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[tokio::test]
 async fn a_damaged_disk_is_told_at_start_and_blocks_nothing_else() {
     let dir = tempfile::tempdir().unwrap();
     let daemon = Daemon::start(dir.path());
@@ -216,7 +251,7 @@ async fn a_damaged_disk_is_told_at_start_and_blocks_nothing_else() {
 
 async fn walked_image_beside(client: &mut SnapshotsClient<Channel>) {
     let fs = prepare(client, "default/11/extract", "").await;
-    write_layer(&fs, "base", 1);
+    write_layer(&fs, &["base"]);
     commit(client, "default/12/base", "default/11/extract").await;
 }
 

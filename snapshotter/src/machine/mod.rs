@@ -20,6 +20,7 @@ mod checkpoint;
 mod commit;
 mod copies;
 mod diff;
+mod fit;
 mod image;
 pub mod ram;
 mod resolve;
@@ -36,7 +37,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::daemon::Daemon;
 use crate::error::{Context, Error, Result};
-use crate::store::Chain;
+use crate::store::{Chain, Record};
 
 pub use commit::at_commit;
 pub use diff::diff;
@@ -56,6 +57,9 @@ const MANIFEST: &str = "manifest.json";
 struct Layer {
     /// Digest of the decompressed layer, where we read it ourselves.
     diff_id: Option<Digest>,
+    /// Digest of the blob that we read it from. Another image may have the same layer as another blob.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    blob: Option<Digest>,
     /// Its disk layer.
     disk: Option<LayerDisk>,
 }
@@ -75,9 +79,32 @@ struct LayerDisk {
 struct ReadyLayer {
     dir: PathBuf,
     info: Layer,
+    chain: Option<ChainId>,
+}
+
+/// The name of a layer's snapshot, where containerd gave it one that tells its content.
+#[derive(Clone, Copy, Debug)]
+struct ChainId {
+    /// That of the layers below; none for a base.
+    below: Option<Digest>,
+    own: Digest,
+}
+
+impl ChainId {
+    fn of(name: &str, parent: &str) -> Option<Self> {
+        let digest = |name: &str| name.rsplit('/').next().and_then(|id| id.parse::<Digest>().ok());
+        let below = if parent.is_empty() { None } else { Some(digest(parent)?) };
+        Some(Self { below, own: digest(name)? })
+    }
 }
 
 impl ReadyLayer {
+    /// Whether this is the layer's diff_id; none if that is not known.
+    fn is_diff_id(&self, digest: &Digest) -> Option<bool> {
+        let by_chain = || self.chain.map(|chain| digest.chained_on(chain.below.as_ref()) == chain.own);
+        self.info.diff_id.map(|diff_id| diff_id == *digest).or_else(by_chain)
+    }
+
     fn table(&self) -> PathBuf {
         self.dir.join(TABLE)
     }
@@ -101,7 +128,14 @@ fn layer_dir(daemon: &Daemon, number: u64) -> PathBuf {
 
 /// The ready layers of a chain's parents, base first. Snapshots that add nothing are left out.
 fn layers_below(daemon: &Daemon, chain: &Chain) -> Result<Vec<ReadyLayer>> {
-    chain.parents.iter().rev().filter_map(|parent| layer_of(daemon, parent.number).transpose()).collect()
+    // A snapshot's name is what its child calls its parent.
+    let names = std::iter::once(&chain.record).chain(&chain.parents).map(|record| record.parent.as_str());
+    let named: Vec<_> = chain.parents.iter().zip(names).collect();
+    let layer = |(parent, name): (&Record, &str)| {
+        let layer = layer_of(daemon, parent.number).transpose()?;
+        Some(layer.map(|layer| ReadyLayer { chain: ChainId::of(name, &parent.parent), ..layer }))
+    };
+    named.into_iter().rev().filter_map(layer).collect()
 }
 
 fn layer_of(daemon: &Daemon, number: u64) -> Result<Option<ReadyLayer>> {
@@ -112,7 +146,7 @@ fn layer_of(daemon: &Daemon, number: u64) -> Result<Option<ReadyLayer>> {
         read => read.context(|| format!("cannot read {}", path.display()))?,
     };
     let info = serde_json::from_slice(&text).context(|| format!("the layer record {} is damaged", path.display()))?;
-    Ok(Some(ReadyLayer { dir, info }))
+    Ok(Some(ReadyLayer { dir, info, chain: None }))
 }
 
 /// The topmost layer with a disk: its table is that of the whole disk.

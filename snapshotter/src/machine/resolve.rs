@@ -5,10 +5,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use ovms_artifact::digest::Digest;
-use ovms_artifact::manifest::{DiskFormat, Manifest};
+use ovms_artifact::manifest::Manifest;
 use ovms_bundle::{create_top, layer as files, Disk, Record, TopPaths, RECORD_VERSION};
 
 use super::checkpoint::{Checkpoint, MARK};
+use super::fit::{check_disks, check_places, check_refs};
 use super::tops::{self, Base};
 use super::unpack::{finish_parents, Tell};
 use super::{copies, disk_below, image, layer_of, layers_below, resume, ReadyLayer};
@@ -262,6 +263,8 @@ fn of_descriptor(manifest: Manifest, layers: &[ReadyLayer], name: Option<&str>) 
     pinned("ramSnapshot.ref", manifest.ram_snapshot.as_ref().map(|ram| &ram.reference))?;
     let formats = manifest.disk_layers.iter().map(|disk| disk.format).collect::<Vec<_>>();
     check_disks(&formats, layers)?;
+    let refs = manifest.disk_layers.iter().map(|disk| disk.reference.digest()).collect::<Vec<_>>();
+    check_refs(&refs, layers)?;
     Ok(Plan { manifest, kernel, initrd, args: None, name: name.map(str::to_owned) })
 }
 
@@ -280,38 +283,6 @@ fn of_image(image: image::Image, layers: &[ReadyLayer]) -> Result<Plan> {
         args: Some(image.args),
         name: Some(image.name),
     })
-}
-
-/// The manifest lists the layers that are there, in formats that they have; only a top that became a layer is in no
-/// manifest. Their digests are containerd's to check: it has verified the chain, and a layer that two images share may
-/// have come under the other image's blob digest.
-fn check_disks(formats: &[DiskFormat], layers: &[ReadyLayer]) -> Result<()> {
-    let disks: Vec<_> = layers.iter().filter_map(|layer| layer.info.disk?.format).collect();
-    if formats.len() != disks.len() {
-        let (listed, found) = (formats.len(), disks.len());
-        return Err(Error::invalid(format!(
-            "diskLayers: the manifest lists {listed} disk layers, the image has {found}"
-        )));
-    }
-    for (index, (listed, found)) in formats.iter().zip(&disks).enumerate() {
-        if listed != found {
-            let (listed, found) = (listed.name(), found.name());
-            return Err(Error::invalid(format!("diskLayers[{index}].format: is {listed}, but the layer is {found}")));
-        }
-    }
-    Ok(())
-}
-
-/// The layers that the image's manifest names as its disk are the ones that hold disks.
-fn check_places(places: &[usize], layers: &[ReadyLayer]) -> Result<()> {
-    let in_image = |layer: &ReadyLayer| layer.info.disk.is_some_and(|disk| disk.format.is_some());
-    let found: Vec<usize> = layers.iter().enumerate().filter(|(_, l)| in_image(l)).map(|(at, _)| at).collect();
-    if places == found {
-        return Ok(());
-    }
-    Err(Error::invalid(format!(
-        "diskLayers: the manifest names layers {places:?} as disks, the image has disks in {found:?}"
-    )))
 }
 
 fn write_bundle(
@@ -351,32 +322,4 @@ fn write_bundle(
     }
     // Last, and renamed into place: where it is, everything is.
     record.save(&dir.join(BUNDLE)).context(failed)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::machine::LayerDisk;
-
-    fn layer(format: Option<DiskFormat>) -> ReadyLayer {
-        let disk = format.map(|format| LayerDisk { format: Some(format), virtual_size: 512 });
-        ReadyLayer { dir: "/none".into(), info: crate::machine::Layer { diff_id: None, disk } }
-    }
-
-    #[test]
-    fn check_disks_names_what_does_not_fit() {
-        let layers = [layer(Some(DiskFormat::Qcow2)), layer(None), layer(Some(DiskFormat::Raw))];
-        assert!(check_disks(&[DiskFormat::Qcow2, DiskFormat::Raw], &layers).is_ok());
-        let err = check_disks(&[DiskFormat::Qcow2], &layers).unwrap_err().chain();
-        assert!(err.contains("lists 1 disk layers, the image has 2"), "{err}");
-        let err = check_disks(&[DiskFormat::Qcow2, DiskFormat::Qcow2], &layers).unwrap_err().chain();
-        assert!(err.contains("diskLayers[1].format: is qcow2, but the layer is raw"), "{err}");
-    }
-
-    #[test]
-    fn check_places_wants_the_disks_where_the_image_says() {
-        let layers = [layer(Some(DiskFormat::Qcow2)), layer(None), layer(Some(DiskFormat::Raw))];
-        assert!(check_places(&[0, 2], &layers).is_ok());
-        assert!(check_places(&[0, 1], &layers).is_err());
-    }
 }

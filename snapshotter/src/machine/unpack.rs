@@ -58,7 +58,7 @@ pub async fn apply(daemon: &Arc<Daemon>, scope: &Scope, of: &Descriptor, chain: 
             let made = made.context(|| "cannot make a directory for the layer")?;
             let unpacked = run(daemon, job, made.path(), &mut |_| ())?;
             let descriptor = unpacked.descriptor.as_deref();
-            settle(daemon, &chain, made, &unpacked, descriptor)?;
+            settle(daemon, &chain, made, &unpacked, Some(digest), descriptor)?;
             let ready = |record: &mut Record| record.content = Content::Machine(State::Ready);
             daemon.store.amend(chain.record.number, ready)?;
             Ok(unpacked)
@@ -111,6 +111,7 @@ fn settle(
     chain: &Chain,
     made: tempfile::TempDir,
     unpacked: &Unpacked,
+    blob: Option<Digest>,
     descriptor: Option<&str>,
 ) -> Result<()> {
     let dir = made.path();
@@ -121,7 +122,7 @@ fn settle(
     }
     let disk = unpacked.disk.as_ref();
     let disk = disk.map(|disk| LayerDisk { format: Some(disk.format), virtual_size: disk.virtual_size });
-    finish_dir(daemon, chain, made, Layer { diff_id: unpacked.diff_id, disk })
+    finish_dir(daemon, chain, made, Layer { diff_id: unpacked.diff_id, blob, disk })
 }
 
 fn finish_dir(daemon: &Daemon, chain: &Chain, made: tempfile::TempDir, info: Layer) -> Result<()> {
@@ -243,7 +244,7 @@ fn convert(daemon: &Daemon, chain: &Chain) -> Result<()> {
         }
         None => Unpacked { diff_id: None, size: 0, disk: None, descriptor: None },
     };
-    settle(daemon, chain, made, &unpacked, descriptor.as_deref())
+    settle(daemon, chain, made, &unpacked, None, descriptor.as_deref())
 }
 
 /// A container's top is a layer already, but for the form of its map; several are merged into one.
@@ -267,7 +268,7 @@ fn convert_tops(daemon: &Daemon, chain: &Chain, tops: &Tops, made: tempfile::Tem
     map.write_to(&file).context(failed)?;
     file.sync_all().context(failed)?;
     let disk = Some(LayerDisk { format: None, virtual_size: map.virtual_size() });
-    finish_dir(daemon, chain, made, Layer { diff_id: None, disk })
+    finish_dir(daemon, chain, made, Layer { disk, ..Layer::default() })
 }
 
 /// Removes what a layer was made of, once it is ready.

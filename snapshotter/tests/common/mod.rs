@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
+use ovms_artifact::digest::Digest;
 use ovms_proto::bundle::{read_line, write_line, FromSnapshotter, ToSnapshotter};
 use ovms_snapshotter::proto::snapshots::snapshots_client::SnapshotsClient;
 use ovms_snapshotter::proto::snapshots::{CommitSnapshotRequest, PrepareSnapshotRequest};
@@ -130,20 +131,27 @@ pub async fn commit(client: &mut SnapshotsClient<Channel>, name: &str, key: &str
     client.commit(request).await.unwrap();
 }
 
-/// A raw disk that begins with `text`, and a descriptor of a machine with `disks` of them.
-pub fn write_layer(fs: &str, text: &str, disks: usize) {
-    write_layer_with(fs, text, disks, "");
-}
-
-/// The same with more in the descriptor.
-fn write_layer_with(fs: &str, text: &str, disks: usize, more: &str) {
-    let ovm = Path::new(fs).join("ovm");
-    fs::create_dir(&ovm).unwrap();
+/// A raw disk that begins with `text`.
+pub fn disk(text: &str) -> Vec<u8> {
     let mut disk = text.as_bytes().to_vec();
     disk.resize(1 << 20, 0);
-    fs::write(ovm.join("disk.raw"), disk).unwrap();
-    let digest = format!("sha256:{}", "0".repeat(64));
-    let layers = vec![format!(r#"{{"ref":"{digest}","format":"raw"}}"#); disks].join(",");
+    disk
+}
+
+/// A disk that begins with the last of `texts`, and a descriptor of a machine whose disks begin with all of them: named by
+/// their own files, since there is no tar here.
+pub fn write_layer(fs: &str, texts: &[&str]) {
+    let refs: Vec<_> = texts.iter().map(|text| Digest::of(&disk(text))).collect();
+    write_layer_with(fs, texts[texts.len() - 1], &refs, "");
+}
+
+/// A disk that begins with `text`, and a descriptor with these disks and more in it.
+pub fn write_layer_with(fs: &str, text: &str, refs: &[Digest], more: &str) {
+    let ovm = Path::new(fs).join("ovm");
+    fs::create_dir(&ovm).unwrap();
+    fs::write(ovm.join("disk.raw"), disk(text)).unwrap();
+    let layers: Vec<_> = refs.iter().map(|digest| format!(r#"{{"ref":"{digest}","format":"raw"}}"#)).collect();
+    let layers = layers.join(",");
     let manifest = format!(
         r#"{{"schemaVersion":1,"mediaType":"application/vnd.ovms.manifest.v1+json","name":"test","version":"1","diskLayers":[{layers}]{more}}}"#
     );
@@ -158,10 +166,10 @@ pub async fn walked_image(client: &mut SnapshotsClient<Channel>) {
 /// The same with more in its topmost descriptor.
 pub async fn walked_image_with(client: &mut SnapshotsClient<Channel>, more: &str) {
     let fs = prepare(client, "default/1/extract-a", "").await;
-    write_layer(&fs, "base", 1);
+    write_layer(&fs, &["base"]);
     commit(client, "default/2/base", "default/1/extract-a").await;
     let fs = prepare(client, "default/3/extract-b", "default/2/base").await;
-    write_layer_with(&fs, "diff", 2, more);
+    write_layer_with(&fs, "diff", &["base", "diff"].map(|text| Digest::of(&disk(text))), more);
     commit(client, "default/4/diff", "default/3/extract-b").await;
 }
 
