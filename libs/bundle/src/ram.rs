@@ -20,7 +20,9 @@ use std::{
 };
 
 use ovms_artifact::digest::Digest;
-use ovms_state::{Blob, MAX_CHAIN};
+use ovms_state::Blob;
+/// The most blobs that may lie on each other, for those who collect a chain themselves.
+pub use ovms_state::MAX_CHAIN;
 use rustix::fs::{flock, FlockOperation};
 
 use crate::{

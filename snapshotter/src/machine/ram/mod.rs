@@ -22,7 +22,7 @@ use std::time::Duration;
 
 use ovms_artifact::digest::{Digest, VerifyingReader};
 use ovms_artifact::manifest::Manifest;
-use ovms_bundle::ram::{find, parent_of, unpack, RamOptions};
+use ovms_bundle::ram::{find, parent_of, unpack, RamOptions, MAX_CHAIN};
 use ovms_bundle::worker::{Launcher, RamBlob};
 use ovms_bundle::Ram;
 use ovms_config::settings::RamPolicy;
@@ -36,8 +36,6 @@ use crate::progress::Work;
 use crate::store::{Content, Kind, Layer};
 use ovms_containerd::Scope;
 
-/// The most blobs of a chain that are fetched; the format allows fewer.
-const MAX_CHAIN: usize = 64;
 /// What a blob may have beyond the memory in it: head, index and sections, and what does not compress.
 const BLOB_EXTRA: u64 = 1 << 30;
 /// How long the work beside a pull waits for blobs that are still under way.
@@ -185,12 +183,17 @@ fn unpack_chain(daemon: &Daemon, chain: Vec<RamBlob>, work: &Work) -> Result<Ram
 }
 
 /// Fetches a blob and, as long as one names a parent, that one; newest first.
-async fn fetch(daemon: &Arc<Daemon>, scope: &Scope, digest: Digest, blob: Option<&Path>) -> Result<Vec<RamBlob>> {
+async fn fetch(daemon: &Arc<Daemon>, scope: &Scope, newest: Digest, blob: Option<&Path>) -> Result<Vec<RamBlob>> {
     let mut chain: Vec<RamBlob> = Vec::new();
-    let mut next = Some(digest);
+    let mut next = Some(newest);
     while let Some(digest) = next {
-        if chain.len() >= MAX_CHAIN || chain.iter().any(|blob| blob.digest == digest) {
-            return Err(Error::invalid(format!("RAM snapshot {digest} lies below too many others, or below itself")));
+        if chain.len() >= MAX_CHAIN {
+            return Err(Error::invalid(format!(
+                "RAM snapshot {newest}: more than {MAX_CHAIN} blobs lie on each other"
+            )));
+        }
+        if chain.iter().any(|blob| blob.digest == digest) {
+            return Err(Error::invalid(format!("RAM snapshot {newest}: blob {digest} is its own parent")));
         }
         let (file, size) = match blob {
             Some(path) if chain.is_empty() => copy(daemon, path.to_owned(), digest).await?,
