@@ -23,6 +23,8 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use ovms_bundle::sync;
+
 use crate::error::{Context, Error, Result};
 
 /// How long a predecessor's lock may outlive it.
@@ -175,11 +177,6 @@ fn make_dir(path: &Path, mode: u32, parents: bool) -> io::Result<()> {
     }
     DirBuilder::new().recursive(parents).mode(mode).create(path)?;
     Ok(rustix::fs::chmod(path, rustix::fs::Mode::from_raw_mode(mode))?)
-}
-
-/// Syncs a file or directory.
-pub fn sync(path: &Path) -> io::Result<()> {
-    File::open(path)?.sync_all()
 }
 
 /// Renames what was made to its final name, durably. The content of files must have been synced.

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io;
 use std::ptr::NonNull;
 
-use rustix::fs::{seek, SeekFrom};
+use ovms_disk::ReadAt;
 use rustix::io::Errno;
 use rustix::mm::{mlock, mmap, munmap, MapFlags, ProtFlags};
 
@@ -85,12 +85,8 @@ fn ranges(file: &File, length: u64) -> io::Result<Vec<(u64, u64)>> {
 fn ranges_by(file: &File, length: u64, hole: u64) -> io::Result<Vec<(u64, u64)>> {
     let mut found: Vec<(u64, u64)> = Vec::new();
     let mut at = 0;
-    while at < length {
-        let start = match seek(file, SeekFrom::Data(at)) {
-            Err(Errno::NXIO) => break,
-            start => start? / PAGE * PAGE,
-        };
-        let end = seek(file, SeekFrom::Hole(start.max(at)))?.next_multiple_of(PAGE).min(length);
+    while let Some((start, end)) = file.next_data(at)?.filter(|(start, _)| *start < length) {
+        let (start, end) = (start / PAGE * PAGE, end.next_multiple_of(PAGE).min(length));
         match found.last_mut() {
             Some(last) if start.saturating_sub(last.1) < hole => last.1 = end,
             _ => found.push((start, end)),

@@ -8,8 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::thread;
 
-use nix::errno::Errno;
-use nix::unistd::{lseek, Whence};
+use ovms_disk::ReadAt;
 
 use crate::error::{Error, Kind, Result};
 use crate::sys::LockedMap;
@@ -69,30 +68,21 @@ impl Drop for RamLock {
 /// Brings the file's data into memory, where the mapping keeps it.
 fn read(file: &File, map: &LockedMap, length: usize, ended: &AtomicBool) -> io::Result<()> {
     let mut at = 0;
-    while let Some((start, end)) = extent(file, at, length)? {
-        at = start;
-        while at < end {
+    while let Some((start, end)) = file.next_data(at)? {
+        // The mapping ends where a length ends that is no number of this host's.
+        let (mut from, to) =
+            (usize::try_from(start).unwrap_or(length), usize::try_from(end).unwrap_or(length).min(length));
+        while from < to {
             if ended.load(Ordering::Acquire) {
                 return Ok(());
             }
-            let stop = end.min(at.saturating_add(STEP));
-            map.populate(at..stop)?;
-            at = stop;
+            let stop = to.min(from.saturating_add(STEP));
+            map.populate(from..stop)?;
+            from = stop;
         }
+        at = end;
     }
     Ok(())
-}
-
-/// The next range of data from `at` on.
-fn extent(file: &File, at: usize, length: usize) -> io::Result<Option<(usize, usize)>> {
-    let seek = |at: usize, whence| match lseek(file, i64::try_from(at).unwrap_or(i64::MAX), whence) {
-        Ok(found) => Ok(usize::try_from(found).ok()),
-        Err(Errno::ENXIO) => Ok(None),
-        Err(errno) => Err(io::Error::from(errno)),
-    };
-    let Some(start) = seek(at, Whence::SeekData)?.filter(|start| *start < length) else { return Ok(None) };
-    let end = seek(start, Whence::SeekHole)?.unwrap_or(length).min(length);
-    Ok((end > start).then_some((start, end)))
 }
 
 #[cfg(test)]
@@ -108,14 +98,33 @@ mod tests {
         line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
     }
 
+    /// Bytes that the mapping of a file has in memory.
+    fn in_memory(file: &str) -> u64 {
+        let smaps = fs::read_to_string("/proc/self/smaps").unwrap();
+        let mut ours = false;
+        for line in smaps.lines() {
+            ours |= line.contains(file);
+            if let Some(kib) = line.strip_prefix("Rss:").filter(|_| ours) {
+                return kib.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10;
+            }
+        }
+        panic!("{file} is not mapped");
+    }
+
     #[test]
-    fn data_is_found_and_holes_are_left_out() {
-        let file = tempfile::tempfile().unwrap();
+    fn data_is_brought_in_and_holes_are_left_out() {
+        let named = tempfile::NamedTempFile::new().unwrap();
+        let file = named.as_file();
         file.set_len(4 << 20).unwrap();
-        file.write_all_at(&[1; 8192], 1 << 20).unwrap();
-        let (start, end) = extent(&file, 0, 4 << 20).unwrap().unwrap();
-        assert!(start <= 1 << 20 && ((1 << 20) + 8192..4 << 20).contains(&end), "{start} {end}");
-        assert_eq!(extent(&file, end, 4 << 20).unwrap(), None);
+        file.write_all_at(&[1; 1 << 20], 1 << 20).unwrap();
+        file.write_all_at(&[1; 8192], 3 << 20).unwrap();
+        // No more than the 8 MiB that a user may lock by default (MLOCK_LIMIT of the kernel's include/uapi/linux/resource.h).
+        let map = LockedMap::new(file.as_fd(), 4 << 20).unwrap();
+
+        read(file, &map, 4 << 20, &AtomicBool::new(false)).unwrap();
+
+        let found = in_memory(&named.path().display().to_string());
+        assert!(((1 << 20) + 8192..2 << 20).contains(&found), "{found}");
     }
 
     #[test]

@@ -10,7 +10,6 @@ use ovms_artifact::digest::{Digest, VerifyingReader};
 
 use crate::daemon::Daemon;
 use crate::error::{Context, Error, Kind as ErrorKind, Result};
-use crate::layout;
 use ovms_containerd::Scope;
 
 /// Makes sure that a blob is here, which its snapshot holds already: a cleanup takes away what nobody holds. `field`
@@ -56,5 +55,5 @@ fn publish(made: tempfile::NamedTempFile, to: &std::path::Path) -> io::Result<()
     let file: &File = made.as_file();
     file.sync_all()?;
     made.persist(to).map_err(|err| err.error)?;
-    to.parent().map_or(Ok(()), layout::sync)
+    to.parent().map_or(Ok(()), ovms_bundle::sync)
 }

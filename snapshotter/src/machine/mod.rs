@@ -159,7 +159,7 @@ fn write(dir: &Path, name: &str, bytes: &[u8]) -> Result<()> {
     let path = dir.join(name);
     let write = || -> std::io::Result<()> {
         fs::write(&path, bytes)?;
-        crate::layout::sync(&path)
+        ovms_bundle::sync(&path)
     };
     write().context(|| format!("cannot write {}", path.display()))
 }

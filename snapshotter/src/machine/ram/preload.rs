@@ -7,13 +7,13 @@
 //! The id keeps apart daemons that share a runtime directory. Names that begin with a dot are being made.
 
 use std::fs::{self, File};
-use std::io;
-use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use ovms_artifact::digest::Digest;
-use rustix::fs::{seek, statfs, SeekFrom};
-use rustix::io::Errno;
+use ovms_disk::ReadAt;
+use rustix::fs::statfs;
 
 use crate::daemon::Daemon;
 use crate::error::{Context, Result};
@@ -21,8 +21,6 @@ use crate::layout;
 
 /// tmpfs, as `statfs` calls it (`TMPFS_MAGIC` of the kernel's include/uapi/linux/magic.h).
 const TMPFS: u64 = 0x0102_1994;
-/// Bytes that are copied at once.
-const COPY: usize = 1 << 20;
 
 /// What tmpfs holds for one daemon.
 #[derive(Debug)]
@@ -124,28 +122,23 @@ pub fn place(daemon: &Daemon, hex: &str, memory: &Path) -> Result<(PathBuf, Opti
 fn copy_sparse(from: &File, to: &Path) -> io::Result<()> {
     let length = from.metadata()?.len();
     let _never_made = fs::remove_file(to);
-    let to = File::options().write(true).create_new(true).mode(0o600).open(to)?;
+    let mut to = File::options().write(true).create_new(true).mode(0o600).open(to)?;
     to.set_len(length)?;
-    let mut buffer = vec![0; COPY];
     let mut at = 0;
-    while at < length {
-        at = match seek(from, SeekFrom::Data(at)) {
-            Err(Errno::NXIO) => break,
-            start => start?,
-        };
-        let end = seek(from, SeekFrom::Hole(at))?;
-        while at < end {
-            let part = usize::try_from(end - at).unwrap_or(COPY).min(COPY);
-            from.read_exact_at(&mut buffer[..part], at)?;
-            to.write_all_at(&buffer[..part], at)?;
-            at += part as u64;
-        }
+    while let Some((start, end)) = from.next_data(at)? {
+        let mut from = from;
+        from.seek(SeekFrom::Start(start))?;
+        to.seek(SeekFrom::Start(start))?;
+        io::copy(&mut from.take(end - start), &mut to)?;
+        at = end;
     }
     Ok(())
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::FileExt;
+
     use super::*;
 
     #[test]
