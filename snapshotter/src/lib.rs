@@ -9,6 +9,7 @@
 //! One thread runs the services; whatever may block runs on others. A snapshot is either ordinary (files, mounted by
 //! overlay) or belongs to a machine (disk layers in block-stack form, mounted by a bind that only the shim looks behind).
 #![deny(unsafe_code)]
+#![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing))]
 
 mod bundle;
 mod daemon;

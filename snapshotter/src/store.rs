@@ -159,7 +159,7 @@ impl Store {
             let mut parents = Vec::new();
             if !new.parent.is_empty() {
                 parents = tables.ancestors(&new.parent)?;
-                let parent = &parents[0];
+                let parent = tables.get(&new.parent)?;
                 if parent.kind != Kind::Committed {
                     return Err(Error::invalid(format!("parent {} is not a committed snapshot", new.parent)));
                 }

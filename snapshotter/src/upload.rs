@@ -117,12 +117,12 @@ impl BlobWriter {
 
 impl Write for BlobWriter {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let taken = bytes.len().min(CHUNK - self.chunk.len());
-        self.chunk.extend_from_slice(&bytes[..taken]);
+        let taken = bytes.get(..CHUNK.saturating_sub(self.chunk.len())).unwrap_or(bytes);
+        self.chunk.extend_from_slice(taken);
         if self.chunk.len() == CHUNK {
             self.send()?;
         }
-        Ok(taken)
+        Ok(taken.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {

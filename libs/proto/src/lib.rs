@@ -12,6 +12,7 @@
 //! then on [`control::Request`]s go one way, [`control::FromVmm`] the other. The engine treats what the VMM says as
 //! hostile: a guest that breaks out of the machine holds that socket.
 #![deny(unsafe_code)]
+#![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing))]
 
 pub mod bundle;
 mod chain;

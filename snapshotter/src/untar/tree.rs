@@ -88,12 +88,12 @@ impl<'a> Tree<'a> {
         }
         // Component by component, so that the depth of a hostile path costs no stack.
         let mut folder = Folder(open_in(&self.root, &Name::default())?);
-        for depth in 1..=name.0.len() {
-            let here = Name(name.0[..depth].to_vec());
+        let mut here = Name::default();
+        for base in &name.0 {
+            here.0.push(base.clone());
             folder = match open_in(&self.root, &here) {
                 Ok(fd) => Folder(fd),
                 Err(Errno::NOENT) => {
-                    let base = &name.0[depth - 1];
                     sys::mkdirat(&folder.0, base, Mode::from_raw_mode(0o755))?;
                     sys::chmodat(&folder.0, base, Mode::from_raw_mode(0o755), AtFlags::empty())?;
                     let made = Folder(open_in(&self.root, &here)?);
@@ -136,19 +136,22 @@ impl<'a> Tree<'a> {
 fn copy_attributes(from: &OwnedFd, parent: &Folder, base: &CStr) -> io::Result<()> {
     let from = magic(from);
     let mut names = vec![0; 64 << 10];
-    let len = match sys::listxattr(&from, &mut names) {
-        Ok(len) => len,
+    match sys::listxattr(&from, &mut names) {
+        Ok(len) => names.truncate(len),
         Err(Errno::NOTSUP | Errno::NODATA) => return Ok(()),
         Err(err) => return Err(err.into()),
-    };
-    for name in names[..len].split(|byte| *byte == 0) {
+    }
+    for name in names.split(|byte| *byte == 0) {
         let Ok(name) = std::str::from_utf8(name) else { continue };
         if name.is_empty() || name.starts_with("trusted.") || name.starts_with("user.overlay.") {
             continue;
         }
         let mut value = vec![0; 64 << 10];
         match sys::getxattr(&from, name, &mut value) {
-            Ok(len) => parent.set_attribute(base, name, &value[..len])?,
+            Ok(len) => {
+                value.truncate(len);
+                parent.set_attribute(base, name, &value)?;
+            }
             Err(Errno::NOTSUP | Errno::NODATA) => {}
             Err(err) => return Err(err.into()),
         }
