@@ -1,8 +1,19 @@
 //! CPUID compared: which leaves hold feature bits, what the bits are called, and which numbers must be reached.
 //!
 //! Names are those of `/proc/cpuinfo` (arch/x86/include/asm/cpufeatures.h); a bit without a name is called by its place.
+//!
+//! What is compared must be what the guest would see. KVM looks an entry up by its function, and by its index only where the
+//! entry says that the index counts (`cpuid_entry2_find` of arch/x86/kvm/cpuid.c); the first that fits is taken. So
+//! [`check_form`] refuses lists in which that is another entry than the obvious one, and [`find`] looks up as KVM does.
+
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{fingerprint::CpuidEntry, Incompatible};
+
+/// `KVM_CPUID_FLAG_SIGNIFCANT_INDEX`, the only flag that KVM still gives: the entry is for its index alone.
+const SIGNIFICANT_INDEX: u32 = 1;
+/// Functions that are compared by index. Every other one that is compared has one entry, whatever the index.
+const INDEXED: [u32; 2] = [0x7, 0xd];
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Register {
@@ -89,6 +100,8 @@ const LEAVES: &[Leaf] = &[
         0,
         "- - - lass avx_vnni avx512_bf16 - cmpccxadd - - fzrm fsrs fsrc - - - - - - - - amx_fp16 - avx_ifma - - lam",
     ),
+    leaf(7, 1, Register::Ebx, 0, "ppin"),
+    leaf(7, 1, Register::Ecx, 0, "- - - - - msr_imm"),
     leaf(7, 1, Register::Edx, 0, "- - - - avx_vnni_int8 avx_ne_convert - - amx_complex - - - - - prefetchiti"),
     leaf(7, 2, Register::Edx, 0, "psfd ipred_ctrl rrsba_ctrl ddpd_u bhi_ctrl mcdt_no"),
     leaf(
@@ -98,7 +111,17 @@ const LEAVES: &[Leaf] = &[
         0,
         "x87 sse-state avx-state bndregs bndcsr avx512-opmask avx512-zmm-hi256 avx512-hi16-zmm pt-state pkru-state",
     ),
+    leaf(0xd, 0, Register::Edx, 0, ""),
     leaf(0xd, 1, Register::Eax, 0, "xsaveopt xsavec xgetbv1 xsaves xfd"),
+    // What XSAVES keeps beyond that: IA32_XSS.
+    leaf(
+        0xd,
+        1,
+        Register::Ecx,
+        0,
+        "- - - - - - - - pt-state - pasid-state cet-user-state cet-kernel-state hdc-state uintr-state lbr-state hwp-state",
+    ),
+    leaf(0xd, 1, Register::Edx, 0, ""),
     leaf(
         0x4000_0001,
         0,
@@ -134,6 +157,14 @@ const LEAVES: &[Leaf] = &[
         "clzero irperf xsaveerptr invlpgb rdpru - mba - mcommit wbnoinvd - - ibpb wbinvd_int ibrs stibp ibrs_always_on \
          stibp_always_on ibrs_preferred ibrs_same_mode no_efer_lmsle tlbi_va_nested - ppin amd_ssbd virt_ssbd ssb_no \
          cppc amd_psfd btc_no ibpb_ret branch_sampling",
+    ),
+    leaf(
+        0x8000_000a,
+        0,
+        Register::Edx,
+        0,
+        "npt lbrv svm_lock nrip_save tsc_scale vmcb_clean flushbyasid decodeassists - - pausefilter - pfthreshold avic - \
+         v_vmsave_vmload vgif - x2avic - v_spec_ctrl - - - - vnmi - - svme_addr_chk",
     ),
     leaf(
         0x8000_0021,
@@ -195,15 +226,49 @@ fn check_features(guest: &[CpuidEntry], host: &[CpuidEntry]) -> Result<(), Incom
     Err(Incompatible::Features { found: instead.join(", "), needed: missing.join(", ") })
 }
 
+/// Whether each entry is the one that KVM takes for its leaf.
+pub(crate) fn check_form(cpuid: &[CpuidEntry]) -> Result<(), String> {
+    let (mut seen, mut kinds) = (BTreeSet::new(), BTreeMap::new());
+    for entry in cpuid {
+        let CpuidEntry { function, index, flags, .. } = *entry;
+        let refused = |why: &str| Err(format!("its entry for CPUID {function:#x}.{index} {why}"));
+        let by_index = flags == SIGNIFICANT_INDEX;
+        if !by_index && flags != 0 {
+            return refused(&format!("has the flags {flags:#x}, which are not known"));
+        }
+        if !by_index && index != 0 {
+            return refused("has an index that does not count");
+        }
+        if !seen.insert((function, index)) {
+            return refused("is there twice");
+        }
+        if kinds.insert(function, by_index).is_some_and(|before| !before || !by_index) {
+            return refused("stands beside one that is for every index");
+        }
+        let compared = function == 0 || LEAVES.iter().any(|leaf| leaf.function == function);
+        if compared && by_index != INDEXED.contains(&function) {
+            return refused("does not say of its index what a processor's says");
+        }
+    }
+    Ok(())
+}
+
+/// The entry that KVM takes.
+fn find(cpuid: &[CpuidEntry], function: u32, index: u32) -> Option<&CpuidEntry> {
+    let fits = |entry: &&CpuidEntry| {
+        entry.function == function && (entry.flags & SIGNIFICANT_INDEX == 0 || entry.index == index)
+    };
+    cpuid.iter().find(fits)
+}
+
 /// The register of a leaf; 0 if the processor does not have the leaf, as the hardware says it.
 fn value(cpuid: &[CpuidEntry], function: u32, index: u32, register: Register) -> u32 {
-    let of = |entry: &&CpuidEntry| entry.function == function && entry.index == index;
-    cpuid.iter().find(of).map_or(0, |entry| entry.register(register))
+    find(cpuid, function, index).map_or(0, |entry| entry.register(register))
 }
 
 /// The twelve letters of leaf 0.
 fn vendor(cpuid: &[CpuidEntry]) -> Option<String> {
-    let leaf = cpuid.iter().find(|entry| entry.function == 0)?;
+    let leaf = find(cpuid, 0, 0)?;
     let letters = [leaf.ebx, leaf.edx, leaf.ecx].map(u32::to_le_bytes).concat();
     Some(letters.iter().map(|b| if b.is_ascii_graphic() { char::from(*b) } else { '?' }).collect())
 }

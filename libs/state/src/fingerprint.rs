@@ -179,13 +179,15 @@ impl Fingerprint {
         self.check_tsc(host)
     }
 
-    /// The bounds of the format: what is printed is printable, and none of the lists is long.
+    /// The bounds of the format: what is printed is printable, none of the lists is long, and CPUID means to KVM what it
+    /// means to [`Fingerprint::check`].
     pub(crate) fn validate(&self) -> Result<(), String> {
         let lists = [("CPUID", self.cpuid.len()), ("capabilities", self.capabilities.len())];
         let machine = [("devices", self.devices.len()), ("disks", self.disks.len())];
         if let Some((what, count)) = lists.into_iter().chain(machine).find(|(_, count)| *count > MAX_LIST) {
             return Err(format!("its list of {what} has {count} entries, at most {MAX_LIST}"));
         }
+        features::check_form(&self.cpuid)?;
         let is_name = |text: &String| text.len() <= MAX_NAME && text.bytes().all(|b| b.is_ascii_graphic());
         let mut names = self.capabilities.iter().chain(&self.devices).chain([&self.vmm]);
         match names.all(is_name) {
@@ -241,7 +243,7 @@ mod tests {
     use super::*;
 
     fn leaf(function: u32, index: u32, [eax, ebx, ecx, edx]: [u32; 4]) -> CpuidEntry {
-        CpuidEntry { function, index, flags: 0, eax, ebx, ecx, edx }
+        CpuidEntry { function, index, flags: u32::from([7, 0xd].contains(&function)), eax, ebx, ecx, edx }
     }
 
     /// A small processor: vendor, SSE2 and FPU, AVX2, address sizes.
@@ -297,6 +299,68 @@ mod tests {
         let mut host = print();
         host.cpuid[3].eax = 48 << 8 | 39;
         assert_eq!(refusal(&host), "bits of a physical address: found 39, needed 40");
+    }
+
+    #[test]
+    fn an_entry_that_kvm_would_take_for_another_is_refused() {
+        let entry = |function, index, flags| CpuidEntry { flags, ..leaf(function, index, [u32::MAX; 4]) };
+        let avx2 = |index, flags| CpuidEntry { ebx: 1 << 5, ..entry(7, index, flags) };
+        // Where the forged entry stands, and what is said of it. The first one hid features from a comparison by index.
+        let cases = [
+            (0, entry(1, 1, 0), "CPUID 0x1.1 has an index that does not count"),
+            (9, entry(1, 1, 0), "CPUID 0x1.1 has an index that does not count"),
+            (0, entry(1, 1, 1), "CPUID 0x1.1 does not say of its index what a processor's says"),
+            (0, entry(0, 1, 1), "CPUID 0x0.1 does not say of its index what a processor's says"),
+            (0, entry(0, 0, 0), "CPUID 0x0.0 is there twice"),
+            (9, entry(1, 0, 0), "CPUID 0x1.0 is there twice"),
+            (9, avx2(0, 1), "CPUID 0x7.0 is there twice"),
+            (0, avx2(0, 0), "CPUID 0x7.0 does not say of its index what a processor's says"),
+            (9, avx2(1, 0), "CPUID 0x7.1 has an index that does not count"),
+            (9, entry(1, 3, 1), "CPUID 0x1.3 stands beside one that is for every index"),
+            (9, entry(2, 0, 6), "CPUID 0x2.0 has the flags 0x6, which are not known"),
+            (9, entry(2, 0, 1 << 31 | 1), "CPUID 0x2.0 has the flags 0x80000001, which are not known"),
+        ];
+        print().validate().unwrap();
+        for (at, forged, want) in cases {
+            let mut bad = print();
+            bad.cpuid.insert(at.min(bad.cpuid.len()), forged);
+            let err = bad.validate().unwrap_err();
+            assert_eq!(err, format!("its entry for {want}"));
+        }
+        let mut apart = print();
+        apart.cpuid.extend([entry(4, 0, 1), entry(4, 1, 0)]);
+        assert_eq!(apart.validate().unwrap_err(), "its entry for CPUID 0x4.1 has an index that does not count");
+        apart.cpuid[4..].copy_from_slice(&[entry(4, 0, 0), entry(4, 1, 1)]);
+        assert!(apart.validate().unwrap_err().ends_with("CPUID 0x4.1 stands beside one that is for every index"));
+    }
+
+    #[test]
+    fn compared_is_the_entry_that_kvm_takes() {
+        // Both would be refused by their form; here nobody has looked at that.
+        let first = |entry: CpuidEntry| {
+            let mut bad = print();
+            bad.cpuid.insert(0, entry);
+            bad.check(&print()).unwrap_err().to_string()
+        };
+        assert!(first(leaf(1, 1, [0, 0, 1 << 25, 0])).ends_with("needed aes (CPUID 0x1.0 ECX bit 25)"));
+        assert!(first(leaf(0, 5, [0; 4])).starts_with("the processor's vendor: found AuthenticAMD, needed"));
+    }
+
+    #[test]
+    fn features_of_saved_state_and_of_nested_guests_are_compared() {
+        for (missing, want) in [
+            (leaf(0xd, 1, [0, 0, 1 << 11, 0]), "cet-user-state (CPUID 0xd.1 ECX bit 11)"),
+            (leaf(0xd, 1, [0, 0, 0, 1]), "a feature (CPUID 0xd.1 EDX bit 0)"),
+            (leaf(0xd, 0, [0, 0, 0, 1 << 30]), "a feature (CPUID 0xd.0 EDX bit 30)"),
+            (leaf(0x8000_000a, 0, [1, 16, 0, 1 | 1 << 25]), "npt (CPUID 0x8000000a.0 EDX bit 0), vnmi"),
+        ] {
+            let mut guest = print();
+            guest.cpuid.push(missing);
+            guest.validate().unwrap();
+            let err = guest.check(&print()).unwrap_err().to_string();
+            assert!(err.contains(want), "{err}");
+            guest.check(&guest).unwrap();
+        }
     }
 
     #[test]

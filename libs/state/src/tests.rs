@@ -263,7 +263,7 @@ fn forged_indices_are_refused() {
 #[test]
 fn forged_heads_are_refused() {
     type Edit = fn(&mut HeadDocument);
-    let cases: [(Edit, &str); 14] = [
+    let cases: [(Edit, &str); 15] = [
         (|d| d.memory = 0, "not a multiple of 4096"),
         (|d| d.memory = 4097, "not a multiple of 4096"),
         (|d| d.memory = 1 << 45, "at most 17592186044416"),
@@ -277,6 +277,7 @@ fn forged_heads_are_refused() {
         (|d| d.index.as_mut().unwrap().length = 1 << 50, "does not fit its memory"),
         (|d| d.index = None, "holds no memory"),
         (|d| d.fingerprint.capabilities = vec!["\u{1b}[2J".into()], "printable"),
+        (|d| d.fingerprint.cpuid[0].index = 1, "CPUID 0x1.1 has an index that does not count"),
         (|d| d.fingerprint.disks = vec![DiskPrint { size: 1, read_only: true }; 1025], "1025 entries"),
     ];
     for (edit, want) in cases {
