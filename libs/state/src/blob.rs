@@ -49,7 +49,7 @@ impl Blob {
         self.document.index.is_some()
     }
 
-    /// Reads all sections, each at most [`crate::MAX_SECTION_BYTES`].
+    /// Reads all sections, each at most [`crate::MAX_SECTION_BYTES`] and together at most [`crate::MAX_SECTIONS_BYTES`].
     ///
     /// # Errors
     /// [`SnapshotError::Checksum`] names the section that is damaged.

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     index::{chunk_count, ENTRY},
     prefix::PREFIX,
-    Fingerprint, Incompatible, Result, Section, SnapshotError, MAX_SECTION_BYTES,
+    Fingerprint, Incompatible, Result, Section, SnapshotError, MAX_SECTIONS_BYTES, MAX_SECTION_BYTES,
 };
 
 /// The most guest memory that the format allows, in bytes; callers allow less.
@@ -174,6 +174,7 @@ impl HeadDocument {
             }
             end = end.saturating_add(index.length);
         }
+        check_total(self.sections.iter().map(|entry| entry.length))?;
         let mut kinds = HashSet::new();
         for entry in &self.sections {
             let kind = &entry.kind;
@@ -205,12 +206,23 @@ impl HeadDocument {
     }
 }
 
-/// A section that can be written.
+/// All sections together, whoever writes or reads them.
+fn check_total(lengths: impl Iterator<Item = u64>) -> Result<()> {
+    let bytes = lengths.fold(0_u64, u64::saturating_add);
+    let limit = MAX_SECTIONS_BYTES as u64;
+    if bytes > limit {
+        return Err(SnapshotError::TooLarge { what: "saved state", bytes, limit });
+    }
+    Ok(())
+}
+
+/// Sections that can be written.
 pub(crate) fn check_sections(sections: &[Section]) -> Result<()> {
     let unwritable = |why: String| Err(SnapshotError::Unwritable(why));
     if sections.len() > MAX_SECTIONS {
         return unwritable(format!("there are {} sections, at most {MAX_SECTIONS} fit", sections.len()));
     }
+    check_total(sections.iter().map(|section| section.payload.len() as u64))?;
     let mut kinds = HashSet::new();
     for section in sections {
         let kind = &section.kind;

@@ -51,7 +51,7 @@ pub use fingerprint::{CpuidEntry, DiskPrint, Fingerprint, Incompatible};
 pub use head::{Arch, Head, MAX_MEMORY, MAX_SECTIONS};
 pub use index::{chunk_count, chunk_len, CHUNK};
 pub use prefix::EPOCH;
-pub use section::{Persist, Section, StateError, MAX_SECTION_BYTES};
+pub use section::{Persist, Section, StateError, MAX_SECTIONS_BYTES, MAX_SECTION_BYTES};
 pub use state_file::StateFile;
 pub use unpack::{unpack, Limits, Unpack, Unpacked, MAX_CHAIN};
 pub use working_set::{PageRange, WorkingSet, MAX_RANGES};

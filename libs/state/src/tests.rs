@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use proptest::prelude::*;
 
-use crate::head::{Extent, HeadDocument};
+use crate::head::{Extent, HeadDocument, SectionEntry};
 use crate::index::{Entry, Kind};
 use crate::prefix::{digest, PREFIX};
 use crate::state_file::write_tail;
@@ -284,6 +284,44 @@ fn forged_heads_are_refused() {
         let err = refusal(&forge(4 * CHUNK as u64, &[], &[], edit));
         assert!(err.contains(want), "{want}: {err}");
     }
+}
+
+#[test]
+fn sections_that_are_too_much_together_are_neither_read_nor_written() {
+    let section =
+        |number: usize, bytes: usize| Section { kind: format!("vcpu/{number}"), version: 1, payload: vec![7; bytes] };
+    let most = MAX_SECTIONS_BYTES / MAX_SECTION_BYTES;
+    let mut sections: Vec<_> = (0..most).map(|number| section(number, MAX_SECTION_BYTES)).collect();
+    let head = Head { arch: Arch::HOST, vcpus: 1, memory: 4096, parent: None, fingerprint: print() };
+    let write = |sections: &[Section]| {
+        let writer = SnapshotWriter::create(temp(), 4096, None).unwrap();
+        writer.finish(1, print(), sections).and(StateFile::write(&temp(), &head, sections))
+    };
+    write(&sections).unwrap();
+    let file = temp();
+    StateFile::write(&file, &head, &sections).unwrap();
+    assert!(StateFile::read(&file).unwrap().1 == sections);
+
+    sections.push(section(most, 1));
+    let want = "the saved state of the RAM snapshot has 8388609 bytes, at most 8388608 are allowed";
+    assert_eq!(write(&sections).unwrap_err().to_string(), want);
+    // The head alone says so: there are no such bytes.
+    let forged = forge(4096, &[], &[], |document| {
+        (0..MAX_SECTIONS as u64 - 2).for_each(|number| {
+            document.sections.push(SectionEntry {
+                kind: format!("part/{number}"),
+                version: 1,
+                offset: PREFIX + (number << 20),
+                length: 1 << 20,
+                checksum: [0; 16],
+            });
+        });
+    });
+    let want = "the saved state of the RAM snapshot has";
+    for err in [Blob::open(forged.try_clone().unwrap()).err(), StateFile::head(&forged).err()] {
+        assert!(err.unwrap().to_string().starts_with(want));
+    }
+    assert!(refusal(&forged).starts_with(want));
 }
 
 #[test]
