@@ -248,6 +248,14 @@ mod tests {
     }
 
     #[test]
+    fn add_joins_neighbours_and_leaves_out_what_is_too_much() {
+        let mut set = WorkingSet::default();
+        (0..MAX_RANGES as u64 + 5).flat_map(|n| [4 * n, 4 * n + 1]).for_each(|page| add(&mut set, page));
+        assert_eq!((set.ranges.len(), set.pages()), (MAX_RANGES, 2 * MAX_RANGES as u64));
+        assert_eq!(set.ranges[1], PageRange { first: 4, count: 2 });
+    }
+
+    #[test]
     fn prefetch_maps_the_ranges_and_no_more_than_the_bound() {
         let (ram, _file) = ram();
         let high = (3 << 30) / PAGE;

@@ -9,7 +9,7 @@
 //!                                                                       v
 //!  Stack = writable Top (sparse file + block map) ─> frozen tops ─> Table: extent → layer file | zero
 //!                                  │
-//!                                  └──[qcow2::Plan]──> qcow2 v3 diff layer, or a flat image
+//!                                  └──[qcow2::Plan]──> qcow2 v3 diff layer
 //! ```
 //!
 //! A read is one look-up in the top's map, one in the table, and one `preadv`, however many layers there are. Every

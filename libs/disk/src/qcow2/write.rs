@@ -10,7 +10,7 @@
 use std::io::Write;
 
 use super::{COPIED, MAGIC, ZERO};
-use crate::{stack::View, Error, Result, Stack, State};
+use crate::{Error, Result, Stack, State};
 
 const CLUSTER_BITS: u32 = 16;
 const CLUSTER: u64 = 1 << CLUSTER_BITS;
@@ -50,24 +50,8 @@ impl<'a> Plan<'a> {
     /// # Errors
     /// A top's map cannot be read.
     pub fn diff(stack: &'a Stack) -> Result<Plan<'a>> {
-        Self::new(stack, |view, pos, end| view.top_run(pos, end))
-    }
-
-    /// The whole disk in one image.
-    ///
-    /// # Errors
-    /// A top's map cannot be read.
-    pub fn flat(stack: &'a Stack) -> Result<Plan<'a>> {
-        Self::new(stack, |view, pos, end| {
-            let (state, stop) = view.run(pos, end)?;
-            // With nothing below, zeros need no entry.
-            Ok((if state == State::Data { State::Data } else { State::Absent }, stop))
-        })
-    }
-
-    fn new(stack: &'a Stack, run: impl Fn(View<'_>, u64, u64) -> Result<(State, u64)>) -> Result<Plan<'a>> {
         let size = stack.size();
-        let runs = stack.with_view(|view| find_runs(size, |pos, end| run(view, pos, end)))?;
+        let runs = stack.with_view(|view| find_runs(size, |pos, end| view.top_run(pos, end)))?;
         let data_clusters = runs.iter().filter(|r| !r.zero).map(|r| r.count).sum();
         let mut l2_tables = 0;
         let mut next = 0;
