@@ -27,7 +27,7 @@ use crate::vcpu::gate::{Gate, Wanted};
 use crate::vcpu::regs::{self, RegsError};
 use crate::vcpu::run::{install_handler, Shared, Thread};
 use crate::vcpu::Vcpu;
-use crate::wiring::{Devices, Environment, WiringError};
+use crate::wiring::{Devices, Environment, Hypervisor, WiringError};
 use crate::working_set::Watch;
 
 /// Why a machine cannot be built.
@@ -113,8 +113,9 @@ impl Machine {
         let cpuid = describe_processors(&vm, &vcpus, &supported, saved)?;
         timeline.passed("cpuid");
         let gate = Arc::new(Gate::new(vcpus.len()));
+        let hypervisor: Arc<dyn Hypervisor> = Arc::clone(&vm) as _;
         let environment = Environment {
-            vm: &vm,
+            hypervisor: &hypervisor,
             ram: &ram,
             spec,
             spawner: &start.device,

@@ -26,8 +26,9 @@ const MAX_MSRS: usize = 4096;
 const MSR_TSC: u32 = 0x10;
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
 
+/// What a section of a processor says: any words of the sender's that have the form of KVM's structures.
 #[derive(Serialize, Deserialize)]
-struct VcpuV1 {
+pub struct VcpuV1 {
     #[serde(with = "digits")]
     mp_state: kvm_mp_state,
     #[serde(with = "digits")]
@@ -46,6 +47,31 @@ struct VcpuV1 {
     msrs: Vec<(u32, u64)>,
     #[serde(with = "digits")]
     events: kvm_vcpu_events,
+}
+
+impl VcpuV1 {
+    /// Decodes the section of processor `index`, and looks at nothing in it.
+    ///
+    /// # Errors
+    /// [`StateError`] if it is not one.
+    pub fn load(section: &Section, index: u8) -> Result<Self, StateError> {
+        if section.kind != kind(index) {
+            return Err(StateError::WrongKind { expected: KIND, found: section.kind.clone() });
+        }
+        Section { kind: KIND.into(), ..section.clone() }.decode(KIND, VERSION)
+    }
+
+    /// The section of processor `index`.
+    ///
+    /// # Errors
+    /// [`StateError`] if it cannot be encoded.
+    pub fn section(&self, index: u8) -> Result<Section, StateError> {
+        Ok(Section { kind: kind(index), ..Section::encode(KIND, VERSION, self)? })
+    }
+}
+
+fn kind(index: u8) -> String {
+    format!("{KIND}/{index}")
 }
 
 /// A processor as a part that can be saved. It must stand.
@@ -71,7 +97,7 @@ impl VcpuPart {
 
     /// Kind of the processor's section: `vcpu/` and its number.
     pub fn kind(&self) -> String {
-        format!("{KIND}/{}", self.vcpu.index())
+        kind(self.vcpu.index())
     }
 }
 
@@ -116,8 +142,7 @@ impl Persist for VcpuPart {
             msrs: read_msrs(&fd, &self.known_msrs)?,
             events: fd.get_vcpu_events().map_err(failed("KVM_GET_VCPU_EVENTS"))?,
         };
-        let section = Section::encode(KIND, VERSION, &state)?;
-        Ok(Section { kind: self.kind(), ..section })
+        state.section(self.vcpu.index())
     }
 
     fn restore(&self, section: &Section) -> Result<(), StateError> {
@@ -135,10 +160,7 @@ impl VcpuPart {
     /// # Errors
     /// [`VcpuError`].
     pub fn apply(&self, section: &Section) -> Result<(), VcpuError> {
-        if section.kind != self.kind() {
-            return Err(StateError::WrongKind { expected: KIND, found: section.kind.clone() }.into());
-        }
-        let state: VcpuV1 = Section { kind: KIND.into(), ..section.clone() }.decode(KIND, VERSION)?;
+        let state = VcpuV1::load(section, self.vcpu.index())?;
         let msrs = self.check_msrs(state.msrs)?;
         let fd = self.vcpu.lock();
         fd.set_mp_state(state.mp_state).map_err(failed("KVM_SET_MP_STATE"))?;

@@ -7,39 +7,29 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use kvm_bindings::{
-    kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_msi, kvm_msi, KvmIrqRouting,
-    KVM_IRQ_ROUTING_MSI,
-};
 use ovms_devices::irq::{MsiMessage, MsiSink};
 use ovms_devices::legacy::{IoapicRoutes, IOAPIC_PINS};
 
-use crate::kvm::Vm;
+use super::Hypervisor;
 
 /// Trigger mode bit of a message's data (Intel SDM vol. 3, 12.11.2).
 const LEVEL: u32 = 1 << 15;
 
 /// Sends messages to the local APICs.
 pub struct Messages {
-    vm: Arc<Vm>,
+    hypervisor: Arc<dyn Hypervisor>,
 }
 
 impl Messages {
-    /// For the machine `vm`.
-    pub fn new(vm: Arc<Vm>) -> Self {
-        Self { vm }
+    /// For the machine of `hypervisor`.
+    pub fn new(hypervisor: Arc<dyn Hypervisor>) -> Self {
+        Self { hypervisor }
     }
 }
 
 impl MsiSink for Messages {
     fn signal(&self, message: MsiMessage) {
-        let msi = kvm_msi {
-            address_lo: message.address as u32,
-            address_hi: (message.address >> 32) as u32,
-            data: message.data,
-            ..Default::default()
-        };
-        if let Err(err) = self.vm.fd().signal_msi(msi) {
+        if let Err(err) = self.hypervisor.signal(message) {
             tracing::debug!(?message, %err, "a message reached no processor");
         }
     }
@@ -47,14 +37,14 @@ impl MsiSink for Messages {
 
 /// Tells the kernel which pins are level-triggered.
 pub struct Routes {
-    vm: Arc<Vm>,
+    hypervisor: Arc<dyn Hypervisor>,
     pins: Mutex<[Option<MsiMessage>; IOAPIC_PINS]>,
 }
 
 impl Routes {
-    /// For the machine `vm`.
-    pub fn new(vm: Arc<Vm>) -> Self {
-        Self { vm, pins: Mutex::new([None; IOAPIC_PINS]) }
+    /// For the machine of `hypervisor`.
+    pub fn new(hypervisor: Arc<dyn Hypervisor>) -> Self {
+        Self { hypervisor, pins: Mutex::new([None; IOAPIC_PINS]) }
     }
 }
 
@@ -68,26 +58,10 @@ impl IoapicRoutes for Routes {
             Some(known) if *known != level => *known = level,
             _ => return,
         }
-        let entries: Vec<kvm_irq_routing_entry> =
-            (0u32..).zip(pins.iter()).filter_map(|(gsi, message)| message.map(|message| entry(gsi, message))).collect();
-        let Ok(table) = KvmIrqRouting::from_entries(&entries) else { return };
-        if let Err(err) = self.vm.fd().set_gsi_routing(&table) {
+        let routes: Vec<_> =
+            (0u32..).zip(pins.iter()).filter_map(|(gsi, message)| message.map(|message| (gsi, message))).collect();
+        if let Err(err) = self.hypervisor.set_routes(&routes) {
             tracing::warn!(pin, %err, "the kernel refuses an interrupt route");
         }
-    }
-}
-
-fn entry(gsi: u32, message: MsiMessage) -> kvm_irq_routing_entry {
-    let msi = kvm_irq_routing_msi {
-        address_lo: message.address as u32,
-        address_hi: (message.address >> 32) as u32,
-        data: message.data,
-        ..Default::default()
-    };
-    kvm_irq_routing_entry {
-        gsi,
-        type_: KVM_IRQ_ROUTING_MSI,
-        u: kvm_irq_routing_entry__bindgen_ty_1 { msi },
-        ..Default::default()
     }
 }

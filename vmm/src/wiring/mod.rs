@@ -1,5 +1,6 @@
 //! The devices of a machine and the buses they are on.
 
+mod hypervisor;
 pub mod irq;
 mod legacy;
 pub mod parts;
@@ -28,12 +29,12 @@ use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use crate::fds::{FdError, Fds};
-use crate::kvm::Vm;
 use crate::layout;
 use crate::memory::Ram;
 use crate::saved::Saved;
 use parts::{PartError, Parts, Sections};
 
+pub use hypervisor::Hypervisor;
 pub use virtio::InputOwner;
 
 /// Why the devices cannot be made.
@@ -87,9 +88,9 @@ pub enum FreezeError {
 
 /// What the devices need of the rest of the machine.
 pub struct Environment<'a> {
-    /// The virtual machine.
-    pub vm: &'a Arc<Vm>,
-    /// Its memory.
+    /// Takes interrupts and doorbells.
+    pub hypervisor: &'a Arc<dyn Hypervisor>,
+    /// The machine's memory.
     pub ram: &'a Ram,
     /// What the machine is made of.
     pub spec: &'a VmSpec,
@@ -140,9 +141,9 @@ impl Devices {
     /// # Errors
     /// [`WiringError`].
     pub fn new(environment: &Environment<'_>, fds: &mut Fds) -> Result<Self, WiringError> {
-        let Environment { vm, ram, spec, spawner, saved, events } = environment;
-        let messages: Arc<dyn MsiSink> = Arc::new(irq::Messages::new(Arc::clone(vm)));
-        let ioapic = Ioapic::new(Arc::clone(&messages), Some(Arc::new(irq::Routes::new(Arc::clone(vm)))));
+        let Environment { hypervisor, ram, spec, spawner, saved, events } = environment;
+        let messages: Arc<dyn MsiSink> = Arc::new(irq::Messages::new(Arc::clone(hypervisor)));
+        let ioapic = Ioapic::new(Arc::clone(&messages), Some(Arc::new(irq::Routes::new(Arc::clone(hypervisor)))));
         let ends = &spec.config().console;
         let writer = fds
             .take_optional(ends.output)?
@@ -173,7 +174,7 @@ impl Devices {
             InputOwner::Virtio => (idle, Arc::clone(&input)),
         };
         let legacy = legacy::Legacy::insert(&mut ports, &mut mmio, ram, &ioapic, events, &console, &serial_input)?;
-        let mut pci = pci::PciBuilder::new(vm, ram, messages, events)?;
+        let mut pci = pci::PciBuilder::new(hypervisor, ram, messages, events)?;
         let ends = (virtio_input, Arc::clone(&console));
         let virtio = virtio::Virtio::new(&mut pci, spec.config(), fds, ends, Arc::new(Ram::clone(ram)), spawner)?;
         let bus = pci.insert(&mut ports, &mut mmio)?;

@@ -12,7 +12,6 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use kvm_ioctls::{IoEventAddress, NoDatamatch};
 use ovms_devices::bus::{BusBuilder, BusDevice};
 use ovms_devices::irq::MsiSink;
 use ovms_devices::machine::EventSink;
@@ -24,8 +23,7 @@ use ovms_devices::virtio::pci::{VirtioPci, BAR_LEN};
 use ovms_devices::virtio::VirtioDevice;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::WiringError;
-use crate::kvm::Vm;
+use super::{Hypervisor, WiringError};
 use crate::layout;
 use crate::memory::Ram;
 
@@ -37,7 +35,7 @@ const WINDOW: BarRange = BarRange { address: layout::BAR_WINDOW_START, size: lay
 /// Collects the functions of the bus.
 pub(super) struct PciBuilder<'a> {
     root: PciRootBuilder,
-    vm: &'a Arc<Vm>,
+    hypervisor: &'a Arc<dyn Hypervisor>,
     ram: &'a Ram,
     messages: Arc<dyn MsiSink>,
     next_slot: u8,
@@ -49,7 +47,7 @@ pub(super) struct PciBuilder<'a> {
 impl<'a> PciBuilder<'a> {
     /// A bus with host bridge and pvpanic.
     pub(super) fn new(
-        vm: &'a Arc<Vm>,
+        hypervisor: &'a Arc<dyn Hypervisor>,
         ram: &'a Ram,
         messages: Arc<dyn MsiSink>,
         events: &EventSink,
@@ -57,7 +55,7 @@ impl<'a> PciBuilder<'a> {
         let panic = PvPanic::new(PANIC_BAR, Arc::clone(events)).ok_or(WiringError::Bar("pvpanic"))?;
         let mut builder = Self {
             root: PciRootBuilder::new(&[WINDOW]),
-            vm,
+            hypervisor,
             ram,
             messages,
             next_slot: 1,
@@ -97,7 +95,8 @@ impl<'a> PciBuilder<'a> {
         ports: &mut BusBuilder,
         mmio: &mut BusBuilder,
     ) -> Result<(Arc<PciRoot>, Arc<PvPanic>), WiringError> {
-        let kicks = Arc::new(Kicks { vm: Arc::clone(self.vm), queues: self.kicks, places: Mutex::default() });
+        let kicks =
+            Arc::new(Kicks { hypervisor: Arc::clone(self.hypervisor), queues: self.kicks, places: Mutex::default() });
         self.root.listener(kicks.clone());
         let root = self.root.build();
         // One port only: 0xcf9 behind it is the reset register.
@@ -121,7 +120,7 @@ struct Place {
 
 /// Where the doorbells of all queues lie now.
 struct Kicks {
-    vm: Arc<Vm>,
+    hypervisor: Arc<dyn Hypervisor>,
     /// By slot: offset into BAR 0, eventfd.
     queues: BTreeMap<u8, Vec<(u64, Arc<EventFd>)>>,
     places: Mutex<BTreeMap<u64, Place>>,
@@ -138,7 +137,7 @@ impl Kicks {
         let Some(place) = places.get_mut(&address).filter(|place| !place.registered) else { return };
         // Tried once: a kernel that cannot do it goes on with exits.
         place.registered = true;
-        if let Err(err) = self.vm.fd().register_ioevent(&place.kick, &IoEventAddress::Mmio(address), NoDatamatch) {
+        if let Err(err) = self.hypervisor.add_doorbell(address, &place.kick) {
             tracing::debug!(address, %err, "a doorbell stays an exit");
         }
     }
@@ -146,8 +145,7 @@ impl Kicks {
     fn forget(&self, slot: u8) {
         self.places().retain(|address, place| {
             if place.slot == slot && place.registered {
-                let at = IoEventAddress::Mmio(*address);
-                if let Err(err) = self.vm.fd().unregister_ioevent(&place.kick, &at, NoDatamatch) {
+                if let Err(err) = self.hypervisor.remove_doorbell(*address, &place.kick) {
                     tracing::debug!(address, %err, "a doorbell was not registered");
                 }
             }
