@@ -29,6 +29,9 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// The privilege to lock memory without limit (include/uapi/linux/capability.h).
 const CAP_IPC_LOCK: libc::c_ulong = 14;
 
+/// The program; Cargo names it to tests, not to examples, which start none.
+const VMM: Option<&str> = option_env!("CARGO_BIN_EXE_ovms-vmm");
+
 /// The bare-metal guest `name` (make guests).
 pub fn guest(name: &str) -> File {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(format!("../target/guests/{name}.elf"));
@@ -205,7 +208,7 @@ impl Setup {
 
 fn spawn_process(control: Channel, may_lock: bool) -> Child {
     let control = OwnedFd::from(control);
-    let mut process = Process::new(env!("CARGO_BIN_EXE_ovms-vmm"));
+    let mut process = Process::new(VMM.expect("a test"));
     process.stdin(Stdio::null()).stdout(Stdio::null()).env_clear();
     let raw = control.as_raw_fd();
     // SAFETY: the closure makes system calls only.
@@ -271,6 +274,11 @@ pub struct Vmm {
 impl Vmm {
     fn next(&mut self) -> FromVmm {
         self.channel.as_ref().unwrap().recv().expect("a message from the VMM").0
+    }
+
+    /// What the VMM says of the machine that it is to build.
+    pub fn first(&mut self) -> FromVmm {
+        self.next()
     }
 
     /// Whether the machine was built; otherwise the VMM has said why not.
@@ -441,6 +449,16 @@ impl Disk {
         let mut disk = Self { size, table, tops: Vec::new() };
         disk.add_top();
         disk
+    }
+
+    /// Writes what it holds before any machine has it.
+    pub fn begin_with(&self, content: &[u8]) {
+        let table = self.table.try_clone().unwrap();
+        let [data, map] = self.top(0);
+        let files = StackFiles { table, layers: vec![], frozen: vec![], top: Some(TopFiles { data, map }) };
+        let stack = Stack::open(files, false).unwrap();
+        stack.write_at(0, content).unwrap();
+        stack.flush().unwrap();
     }
 
     /// Makes another top; gives its data and map.
