@@ -33,8 +33,8 @@ def killed_build_leaves_nothing_that_reads_as_an_image(bed: Bed) -> None:
         _kill(bed, [*flags, "-o", out], lambda out=out, stage=stage: stage(out))
 
         check(not (out / "index.json").exists() and not out.is_file(), f"{name}: there is an image after the kill")
-        bed.refused(bed.ovms.ovm("validate", out, status=None))
-        bed.refused(bed.ovms.ovm("inspect", out, status=None))
+        bed.refused(lambda out=out: bed.ovms.ovm("validate", out, status=None))
+        bed.refused(lambda out=out: bed.ovms.ovm("inspect", out, status=None))
         bed.ovms.ovm("build", *flags, "-o", out, timeout=bed.patience * 8)
         bed.ovms.ovm("validate", out, timeout=bed.patience * 8)
         if out.is_dir():

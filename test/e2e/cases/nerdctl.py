@@ -47,9 +47,9 @@ def a_volume_is_refused_by_name(bed: Bed) -> None:
     """`-v` would be lost in a machine without an agent, so it is refused with its destination."""
     image = bed.import_vm("poweroff")
 
-    done = Nerdctl(bed)("run", "--rm", "--net", "none", "-v", "/etc:/data:ro", "--runtime", RUNTIME, image, status=None)
+    nerdctl = Nerdctl(bed)
 
-    bed.refused(done, "/data")
+    bed.refused(lambda: nerdctl("run", "--rm", "--net", "none", "-v", "/etc:/data:ro", "--runtime", RUNTIME, image, status=None), "/data")
 
 
 _MIB = 1 << 20

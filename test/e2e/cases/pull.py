@@ -104,8 +104,7 @@ def oras_push_with_config(bed: Bed) -> None:
 def applied_by_the_walking_differ(bed: Bed) -> None:
     """With our differ not configured, containerd's own unpacks the layers into our snapshots; the image still runs."""
     bed.ovms.start_snapshotter()
-    snippet = without_our_differ(bed.ovms.snippet(bed.release))
-    bed.__dict__["containerd"] = bed.start_containerd("c", snippet)
+    bed.configure_containerd(without_our_differ(bed.ovms.snippet(bed.release)))
 
     image = bed.import_vm("disk")
 

@@ -11,15 +11,10 @@ from e2e.harness.bed import Bed
 from e2e.harness.case import case, check
 
 
-def _unpacked(bed: Bed) -> list[Path]:
-    """The unpacked RAM snapshots."""
-    return sorted(path for path in (bed.ovms.state / "ram").glob("*/memory") if not path.parent.name.startswith("."))
-
-
 def _gone(bed: Bed, *images: str) -> None:
     """Removes images, and waits until nothing of their RAM is left."""
     bed.containerd.ctr("images", "rm", "--sync", *images)
-    process.until("RAM is removed", lambda: not _unpacked(bed), bed.patience)
+    process.until("RAM is removed", lambda: not tally.unpacked(bed), bed.patience)
     shared = bed.ovms.runtime / "ram"
     left = [path for path in files.below(shared) if path.parent != shared] + list((bed.ovms.state / "tmp").iterdir())
     check(not left, f"left: {left}")
@@ -30,15 +25,15 @@ def unpacked_beside_the_pull(bed: Bed) -> None:
     """The memory lies ready before the first run, is the same file for two machines, and goes with the image."""
     image, before = tally.image_with_ram(bed)
 
-    process.until("RAM is unpacked", lambda: bool(_unpacked(bed)), bed.patience)
+    tally.await_ram(bed)
 
-    made = [(path, path.stat().st_ino) for path in _unpacked(bed)]
+    made = [(path, path.stat().st_ino) for path in tally.unpacked(bed)]
     check(len(made) == 1, f"unpacked: {made}")
     check(made[0][0].stat().st_blocks * 512 < made[0][0].stat().st_size, "the memory file is not sparse")
     for name in ("one", "two"):
         console = tally.start(bed, image, name)
         check(tally.first(console) >= before, f"{name} began at {tally.first(console)}, not after {before}")
-    check([(path, path.stat().st_ino) for path in _unpacked(bed)] == made, "it was unpacked again")
+    check([(path, path.stat().st_ino) for path in tally.unpacked(bed)] == made, "it was unpacked again")
     for name in ("one", "two"):
         tally.end(bed, name, bed.dir / f"{name}.console")
     _gone(bed, *bed.image_names())
@@ -66,15 +61,15 @@ def a_machine_that_has_written_boots(bed: Bed) -> None:
 def killed_daemon_unpacks_again(bed: Bed) -> None:
     """A snapshotter that is killed at the pull's end leaves nothing half-made, and its successor finishes the work."""
     image, before = tally.image_with_ram(bed)
-    process.until("RAM is unpacked", lambda: bool(_unpacked(bed)), bed.patience)
+    tally.await_ram(bed)
     bed.containerd.ctr("images", "rm", "--sync", image)
-    process.until("RAM is removed", lambda: not _unpacked(bed), bed.patience)
+    process.until("RAM is removed", lambda: not tally.unpacked(bed), bed.patience)
 
     tally.pull(bed, image)
     bed.ovms.kill_snapshotter()
     bed.ovms.start_snapshotter()
 
-    process.until("RAM is unpacked", lambda: bool(_unpacked(bed)), bed.patience)
+    tally.await_ram(bed)
     check(not list((bed.ovms.state / "ram").glob(".*")), "something half-made is left")
     console = tally.start(bed, image, "vm")
     check(tally.first(console) >= before, f"it began at {tally.first(console)}")

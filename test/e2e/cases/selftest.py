@@ -3,12 +3,100 @@
 from __future__ import annotations
 
 import os
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
-from e2e.harness import process
+from e2e.harness import process, tally
 from e2e.harness.bed import Bed
-from e2e.harness.case import case, check
+from e2e.harness.case import CaseFailed, case, check, contains
 from e2e.harness.leftovers import Leftovers
+
+
+def _complaint(holds: Callable[[], object]) -> str:
+    """What a check says that fails; fails the case if it does not."""
+    try:
+        holds()
+    except CaseFailed as failure:
+        return str(failure)
+    raise CaseFailed("the check found nothing")
+
+
+@case(guests=("native",), containerds=("containerd-2.4",))
+def a_flipped_byte_of_a_base_is_found(bed: Bed) -> None:
+    """`hashes` covers every kind of file that machines share: one changed byte in any of them is named."""
+    image, _ = tally.image_with_ram(bed)
+    tally.await_ram(bed)
+    tally.end(bed, "vm", tally.start(bed, image, "vm"))
+    before = bed.hashes(ram=True)
+    bed.unchanged(before)
+
+    for kind in ("/layer/data", "/layer/map", "/layer/table", "/layer/layer.json", "/layer/manifest.json", "blobs/", "/memory", "/state",
+                 "/parents.json"):
+        name = next((name for name in before if kind in name), "")
+        check(name, f"no file {kind} is among {sorted(before)}")
+        _flip(bed.ovms.state / name)
+        contains(_complaint(lambda: bed.unchanged(before)), name, "the complaint")
+        _flip(bed.ovms.state / name)
+        bed.unchanged(before)
+    memory = next(path for path in tally.unpacked(bed))
+    memory.rename(memory.with_name("elsewhere"))
+    contains(_complaint(lambda: bed.unchanged(before)), "no memory is among the files", "the complaint")
+    memory.with_name("elsewhere").rename(memory)
+
+
+def _flip(path: Path) -> None:
+    with open(path, "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
+
+
+@case(guests=("native",), containerds=("containerd-2.4",))
+def what_a_refused_verb_leaves_is_found(bed: Bed) -> None:
+    """`refused` sees a snapshot, a directory that no snapshot has, a container, a record and a process, each by itself."""
+    image = bed.import_vm("wait")
+    bed.patience, patient = 0.5, bed.patience
+    ctr = bed.containerd.ctr
+    snapshots, tmp = bed.ovms.state / "s", bed.ovms.state / "tmp"
+    record = bed.ovms.runtime / "machines/ns/left/record.json"
+    child: list[subprocess.Popen[bytes]] = []
+
+    def vmm() -> None:
+        child.append(process.spawn(["ovms-vmm", "60"], executable="/bin/sleep"))
+
+    def ended() -> None:
+        for one in child:
+            one.kill()
+            one.wait()
+
+    leaving: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
+        "/left (Active)": (
+            lambda: ctr("snapshots", "--snapshotter", "ovms", "prepare", "left"),
+            lambda: ctr("snapshots", "--snapshotter", "ovms", "rm", "left")),
+        "directories left behind: s/999": ((snapshots / "999").mkdir, (snapshots / "999").rmdir),
+        "directories left behind: tmp/new-left": ((tmp / "new-left").mkdir, (tmp / "new-left").rmdir),
+        "containers left behind: left": (
+            lambda: ctr("containers", "create", "--snapshotter", "ovms", image, "left"), lambda: ctr("containers", "delete", "left")),
+        "records left behind: ns/left/record.json": (
+            lambda: (record.parent.mkdir(parents=True), record.touch()), lambda: (record.unlink(), record.parent.rmdir())),
+        "processes left behind: ": (vmm, ended),
+    }
+    for told, (leave, undo) in leaving.items():
+        def verb(leave: Callable[[], object] = leave) -> process.Done:
+            leave()
+            return process.Done(["verb"], 1, "", "no")
+
+        # What the last undoing has left to containerd would be tidied up in the middle of the look.
+        bed.containerd.collect_garbage()
+        said = _complaint(lambda verb=verb: bed.refused(verb, "no"))
+        undo()
+        contains(said, told, "the complaint")
+    bed.patience = patient
+    contains(_complaint(lambda: bed.refused(lambda: process.Done(["verb"], 0, "", "no"))), "went through", "the complaint")
+    contains(_complaint(lambda: bed.refused(lambda: process.Done(["verb"], 1, "", "yes"), "no")), "no 'no'", "the complaint")
+    bed.refused(lambda: ctr("run", "--rm", "--snapshotter", "ovms", "--runtime", "io.containerd.none.v1", image, "vm", status=None))
 
 
 @case(vm=False, guests=("native",), containerds=())

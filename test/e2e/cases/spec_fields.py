@@ -31,28 +31,24 @@ def a_bind_volume_is_refused_by_name(bed: Bed) -> None:
     """A bind mount that would be lost is refused with its destination."""
     image = bed.import_vm("poweroff")
 
-    done = bed.vm(image, "vm", "--rm", "--mount", "type=bind,src=/etc,dst=/data,options=rbind:ro", status=None)
-
-    bed.refused(done, "/data")
-    bed.nothing_half_made()
+    mount = ("--mount", "type=bind,src=/etc,dst=/data,options=rbind:ro")
+    bed.refused(lambda: bed.vm(image, "vm", "--rm", *mount, status=None), "/data")
 
 
 @case(guests=("native",))
 def a_device_is_refused_by_name(bed: Bed) -> None:
     """A host device that would be lost is refused by its path."""
-    done = bed.vm(bed.import_vm("poweroff"), "vm", "--rm", "--device", "/dev/fuse", status=None)
+    image = bed.import_vm("poweroff")
 
-    bed.refused(done, "/dev/fuse")
-    bed.nothing_half_made()
+    bed.refused(lambda: bed.vm(image, "vm", "--rm", "--device", "/dev/fuse", status=None), "/dev/fuse")
 
 
 @case(guests=("native",))
 def arguments_without_an_agent_are_refused(bed: Bed) -> None:
     """Arguments behind the id need an agent in the image; without one they are refused, not ignored."""
-    done = bed.vm(bed.import_vm("poweroff"), "vm", "--rm", args=("/bin/echo", "hi"), status=None)
+    image = bed.import_vm("poweroff")
 
-    bed.refused(done, "agent")
-    bed.nothing_half_made()
+    bed.refused(lambda: bed.vm(image, "vm", "--rm", args=("/bin/echo", "hi"), status=None), "agent")
 
 
 @case(guests=("native",))

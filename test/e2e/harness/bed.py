@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
-from . import files, oci, process
+from . import files, oci, picture, process
 from .case import CaseFailed, check, contains
 from .containerd import Containerd
 from .guests import Guests
@@ -51,6 +51,16 @@ class Bed:
         """containerd and the snapshotter, as an operator installs them."""
         self.ovms.start_snapshotter()
         return self.start_containerd("c", self.ovms.snippet(self.release))
+
+    @property
+    def has_containerd(self) -> bool:
+        """Whether `containerd` has been started; looking at that starts it."""
+        return "containerd" in self.__dict__
+
+    def configure_containerd(self, snippet: str) -> None:
+        """Starts `containerd` with another configuration than the shipped one."""
+        check(not self.has_containerd, "containerd runs already")
+        self.__dict__["containerd"] = self.start_containerd("c", snippet)
 
     @cached_property
     def plain_containerd(self) -> Containerd:
@@ -169,12 +179,46 @@ class Bed:
         self.containerd.ctr("containers", "delete", name)
         self.nothing_half_made()
 
-    def refused(self, done: process.Done, *wanted: str) -> None:
-        """Checks that a command failed, that it said all of `wanted`, and that nothing half-made is left of it."""
+    def refused(self, verb: Callable[[], process.Done], *wanted: str) -> process.Done:
+        """Runs what must be refused: checks that it fails, that it says all of `wanted`, and that nothing half-made is left of it."""
+        if self.has_containerd:
+            # What others have left to it would go in the middle of the comparison.
+            self.containerd.collect_garbage()
+        before = picture.take(self)
+        done = verb()
+        self.failed(done, *wanted)
+        self.await_picture(before, f"`{process.shown(done.argv[:8])}`")
+        return done
+
+    def failed(self, done: process.Done, *wanted: str) -> None:
+        """Checks that a command failed in an orderly way and said all of `wanted`."""
         check(done.status != 0, f"`{process.shown(done.argv)}` went through: {done.text[-300:]!r}")
         for words in wanted:
-            contains(done.text, words, f"what `{process.shown(done.argv[:6])}…` said")
+            contains(done.text, words, f"what `{process.shown(done.argv[:8])}…` said")
         check("panicked" not in done.text, f"it panicked: {done.text[-600:]!r}")
+
+    def await_picture(self, before: picture.Picture, after: str) -> None:
+        """Waits until everything is as it was before something was refused, whose name `after` gives; fails the case if it never is.
+
+        containerd leaves the snapshots that nothing refers to (an `extract-…` one that it could not remove, the good layers
+        below a refused one, that of a container which was deleted) to its garbage collection. It is run here, so what is
+        still there afterwards is held by something. A directory that the snapshotter's store does not know is not excused:
+        the collection would tidy it away too, and is not run then.
+        """
+        left = ""
+
+        def same() -> bool:
+            nonlocal left
+            now = picture.take(self)
+            left = before.difference(now)
+            if left and self.has_containerd and now.consistent:
+                self.containerd.collect_garbage()
+            return not left
+
+        try:
+            process.until("nothing is left", same, self.patience, step=0.1)
+        except CaseFailed:
+            raise CaseFailed(f"after {after}: {left}") from None
 
     def nothing_half_made(self) -> None:
         """Checks that no task, no machine's process and no record of one is there."""
@@ -184,18 +228,30 @@ class Bed:
         vmms = [name for name in process.descendants().values() if "ovms-vmm" in name]
         check(not vmms, f"VMMs are left: {vmms}")
 
-    def hashes(self) -> dict[str, str]:
-        """Hashes of all files that layers and RAM were unpacked into; writable tops and the daemon's own books change.
+    def hashes(self, *, ram: bool = False) -> dict[str, str]:
+        """Hashes of all that machines share: layers, tables, copies of kernels and initial RAM disks, unpacked RAM.
 
-        What is being unpacked lies in directories whose names begin with a dot.
+        It fails where it would compare nothing: without a layer's files, or without memory where the image has `ram`.
+
+        Left out are what a machine may change, its top and the list of pages that it touched first, and the daemon's own
+        books. What is being made lies in `tmp`, or in a directory whose name begins with a dot.
         """
+        state = self.ovms.state
+        shared = (*state.glob("s/*/layer/*"), *state.glob("blobs/*"), *state.glob("ram/[!.]*/*"))
         found = {}
-        for path in sorted(files.below(self.ovms.state)):
-            shared = "layer" in path.name or path.suffix in (".data", ".raw", ".map", ".table") or path.name in ("memory", "state")
-            if path.is_file() and shared and "top" not in path.name and not path.parent.name.startswith("."):
-                with path.open("rb") as file:
-                    found[str(path)] = hashlib.file_digest(file, "sha256").hexdigest()
+        for path in sorted(path for path in shared if path.is_file() and path.name != "working-set"):
+            with path.open("rb") as file:
+                found[str(path.relative_to(state))] = hashlib.file_digest(file, "sha256").hexdigest()
+        for kind in ("data", "map", "table"):
+            check([name for name in found if name.endswith(f"/layer/{kind}")], f"no {kind} of a layer is among the files {sorted(found)}")
+        check(not ram or [name for name in found if name.endswith("/memory")], f"no memory is among the files {sorted(found)}")
         return found
+
+    def unchanged(self, before: dict[str, str]) -> None:
+        """Checks that every file whose hash was taken is still there and has the same."""
+        after = self.hashes(ram=any(name.endswith("/memory") for name in before))
+        changed = [name for name, value in before.items() if after.get(name) != value]
+        check(before and not changed, f"these files of the image changed: {changed}")
 
     def run(self, argv: list[str | Path], *, status: int | None = 0, timeout: float | None = None) -> process.Done:
         """Runs a command with the settings of this bed."""

@@ -140,6 +140,18 @@ class Containerd:
         if seen != status:
             raise CaseFailed(f"task {task} had ended with {seen}, not {status}")
 
+    def collect_garbage(self) -> None:
+        """Has containerd remove whatever nothing refers to, and waits for it."""
+        self.ctr("leases", "create", "--id", "collector")
+        self.ctr("leases", "delete", "--sync", "collector")
+
+    def stored_snapshots(self, snapshotter: Path) -> list[str]:
+        """Keys of all snapshots that the snapshotter itself has, each with its kind, those included that containerd has taken off
+        its own list and not removed yet. A snapshotter serves the same API as containerd, so ctr can ask it."""
+        ctr = [self._programs / "ctr", "--address", snapshotter, "--namespace", self.namespace]
+        done = process.run([*ctr, "snapshots", "--snapshotter", "ovms", "ls"], timeout=self._patience, env=self.env)
+        return [f"{fields[0]} ({fields[-1]})" for fields in map(str.split, done.out.splitlines()[1:]) if fields]
+
     def purge(self) -> None:
         """Kills and deletes whatever the case left running, through the ordinary commands."""
         for task in self.tasks():

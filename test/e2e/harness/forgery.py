@@ -35,7 +35,8 @@ def head(blob: Path) -> dict[str, Any]:
 def image(bed: Bed, ref: str, tag: str, edit: Callable[[Path], None]) -> str:
     """Copies an image of the registry to another tag, its RAM blob edited on the way; returns the new reference."""
     layout = bed.dir / f"forged-{tag}"
-    process.run(["skopeo", "--insecure-policy", "copy", "--preserve-digests", "--src-tls-verify=false", f"docker://{ref}", f"oci:{layout}:{tag}"])
+    flags = ("--preserve-digests", "--src-tls-verify=false")
+    process.run(["skopeo", "--insecure-policy", "copy", *flags, f"docker://{ref}", f"oci:{layout}:{tag}"])
     forge(layout, tag, edit)
     return bed.registry.push(layout, f"forged:{tag}", "--preserve-digests")
 

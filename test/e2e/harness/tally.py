@@ -65,6 +65,16 @@ def snapshot(bed: Bed, name: str, ref: str, *flags: str, status: int | None = 0)
     return bed.ovms.ovm("snapshot", f"{bed.namespace}/{name}", "-t", ref, *flags, status=status)
 
 
+def unpacked(bed: Bed) -> list[Path]:
+    """The memory files that the snapshotter has unpacked."""
+    return sorted(path for path in (bed.ovms.state / "ram").glob("*/memory") if not path.parent.name.startswith("."))
+
+
+def await_ram(bed: Bed) -> None:
+    """Waits until RAM lies unpacked; that begins half a second after the pull."""
+    process.until("RAM is unpacked", lambda: bool(unpacked(bed)), bed.patience)
+
+
 def pull(bed: Bed, ref: str) -> str:
     """Pulls an image and unpacks it with our snapshotter."""
     bed.containerd.ctr("images", "pull", "--plain-http", "--snapshotter", "ovms", ref)
