@@ -48,6 +48,8 @@ NATIVE = {
     "cpus": Kind("smp", ready="cpus"),
     "memory": Kind("memtop", ready="ram"),
     "tally": Kind("tally", "fill=16", "count "),
+    # The same with so much memory that a snapshot of it and its unpacking take a while.
+    "bulk": Kind("tally", "fill=192", "count "),
 }
 STOCK = {
     "poweroff": Kind("poweroff", ready="ovms-guest: powering off"),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import signal
 from pathlib import Path
 
 from . import process
 from .bed import Bed
 from .case import check, contains
+from .terminal import Session
 
 #: Little memory, so that many fit.
 SMALL = ("--annotation", "io.ovms.memory=64M")
@@ -81,18 +83,37 @@ def pull(bed: Bed, ref: str) -> str:
     return ref
 
 
-def image_with_ram(bed: Bed, tag: str = "ram:1", memory: str = "64M") -> tuple[str, int]:
+def image_with_ram(bed: Bed, tag: str = "ram:1", memory: str = "64M", behaviour: str = "tally") -> tuple[str, int]:
     """Makes a RAM snapshot of a counting machine and pulls it; returns the image and the count that it had passed."""
     ref = bed.registry.ref(tag)
-    bed.ovms.ovm("run", "-d", "--name", "origin", "--memory", memory, bed.guests.layout("tally"))
+    before = stored_with_ram(bed, ref, memory, behaviour)
+    return pull(bed, ref), before
+
+
+def stored_with_ram(bed: Bed, name: str, memory: str = "64M", behaviour: str = "tally") -> int:
+    """Makes a RAM snapshot of a counting machine in the local store, and in the registry that its name says, if any; returns
+    the count that the machine had passed."""
+    bed.ovms.ovm("run", "-d", "--name", "origin", "--memory", memory, bed.guests.layout(behaviour))
     bed.later(lambda: bed.ovms.ovm("rm", "-f", "origin", status=None) and None)
     process.until("the origin counts", lambda: len(_logged(bed)) > 2, bed.patience)
     before = _logged(bed)[-1]
-    bed.ovms.ovm("snapshot", "origin", "-t", ref)
+    bed.ovms.ovm("snapshot", "origin", "-t", name)
     bed.ovms.ovm("stop", "origin")
     contains(bed.ovms.ovm("logs", "origin").out, "all good at", "the console of the origin")
     bed.ovms.ovm("rm", "origin")
-    return pull(bed, ref), before
+    return before
+
+
+def resume(bed: Bed, image: str, *flags: str) -> int:
+    """`ovm run` of an image with RAM: checks that the machine counts on and is whole; returns its first count."""
+    argv = [str(bed.ovms.program("ovm")), "run", *flags, image]
+    with Session(argv, bed.ovms.env, tty=False, patience=bed.patience * 2) as session:
+        session.expect(r"count \d+\r?\n(.|\n)*count \d+\r?\n")
+        found = counts(session.text)[0]
+        session.signal(signal.SIGTERM)
+        session.expect("all good at")
+        session.wait()
+    return found
 
 
 def _logged(bed: Bed) -> list[int]:

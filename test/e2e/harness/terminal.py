@@ -74,12 +74,18 @@ class Session:
         """Waits until the pattern is in the output behind its first `after` characters; fails the case if it never is."""
         deadline = time.monotonic() + (timeout or self._patience)
         while not (match := re.search(pattern, self.text[after:])):
-            if time.monotonic() > deadline or (self._ended and not self._running()):
+            if time.monotonic() > deadline or (self._ended and not self.running()):
                 raise CaseFailed(f"`{self._shown}` never said {pattern!r}; it said: {tail(self.text)!r}")
             self._read(0.1)
         return match
 
-    def _running(self) -> bool:
+    @property
+    def pid(self) -> int:
+        """The command's process id."""
+        return self._child.pid
+
+    def running(self) -> bool:
+        """Whether the command has not ended."""
         return self._child.poll() is None
 
     def send(self, text: str) -> None:
@@ -99,7 +105,7 @@ class Session:
     def wait(self, status: int | None = 0, timeout: float | None = None) -> str:
         """Waits for its end; fails the case unless it exits with `status`. Returns all its output."""
         deadline = time.monotonic() + (timeout or self._patience)
-        while self._running():
+        while self.running():
             if time.monotonic() > deadline:
                 raise CaseFailed(f"`{self._shown}` did not end; it said: {tail(self.text)!r}")
             self._read(0.05)
