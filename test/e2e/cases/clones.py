@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 import time
@@ -9,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from e2e.harness import files, forgery, picture, process, tally
+from e2e.harness import cgroups, files, forgery, picture, process, tally
 from e2e.harness.bed import Bed
 from e2e.harness.case import case, check, contains
 from e2e.harness.terminal import Session
@@ -58,7 +59,8 @@ def the_timeline_of_a_restore_is_logged(bed: Bed) -> None:
 def a_clone_of_a_clone_is_snapshotted(bed: Bed) -> None:
     """Twice in a row: each image holds only what changed against the one before, and the last one runs by itself."""
     image, count = tally.image_with_ram(bed)
-    sizes = []
+    chains = [_ram_blobs(bed, image)]
+    whole = forgery.chunks(bed.registry.blob(image, chains[0][0]))
     for generation in (2, 3):
         name = f"clone{generation}"
         console = tally.start(bed, image, name)
@@ -66,24 +68,36 @@ def a_clone_of_a_clone_is_snapshotted(bed: Bed) -> None:
         count = tally.await_counts(bed, console)
         ref = bed.registry.ref(f"ram:{generation}")
         tally.snapshot(bed, name, ref)
+        ticks = len(tally.said(console))
         tally.await_counts(bed, console)
         tally.end(bed, name, console)
         bed.containerd.ctr("images", "rm", "--sync", image)
         image = tally.pull(bed, ref)
-        sizes.append(_ram_sizes(ref))
+        chains.append(_ram_blobs(bed, ref))
+        stored = forgery.chunks(bed.registry.blob(ref, chains[-1][0]))
+        # 16 pages a tick are up to two chunks; beside them the guest writes its own data, its stack and the disk's queue.
+        most = 2 * (ticks + 1) + 16
+        check(0 < len(stored) <= most < len(whole), f"generation {generation} ticked {ticks} times and stores {len(stored)} chunks of "
+              f"{len(whole)}, at most {most} can have changed")
 
     console = tally.start(bed, image, "last")
 
     check(tally.first(console) >= count, f"the last one began at {tally.first(console)}, not behind {count}")
     tally.end(bed, "last", console)
-    check([len(found) for found in sizes] == [2, 3], f"the RAM blobs of the images have {sizes} bytes")
-    check(len(set(map(tuple, (sorted(found)[-1:] for found in sizes)))) == 1, f"a RAM blob was written in full again: {sizes}")
+    for below, chain in itertools.pairwise(chains):
+        check(chain[1:] == below and chain[0] not in below, f"the RAM blobs of the images are {chains}")
 
 
-def _ram_sizes(ref: str) -> list[int]:
-    """Sizes of the RAM blobs of an image in a registry, in the manifest's order."""
-    manifest = json.loads(process.run(["skopeo", "inspect", "--raw", "--tls-verify=false", f"docker://{ref}"]).out)
-    return [layer["size"] for layer in manifest["layers"] if "ramsnap" in layer["mediaType"]]
+def _ram_blobs(bed: Bed, ref: str) -> list[str]:
+    """Digests of the RAM blobs of an image in the registry: its own, then those below it, the nearest first."""
+    manifest, _ = bed.registry.manifest(ref)
+    listed = {layer["digest"] for layer in manifest["layers"] if "ramsnap" in layer["mediaType"]}
+    machine = next(layer["digest"] for layer in manifest["layers"] if layer["mediaType"] == "application/vnd.ovms.manifest.v1+json")
+    chain = [json.loads(bed.registry.blob(ref, machine))["ramSnapshot"]["ref"]]
+    while parent := forgery.head_of(bed.registry.blob(ref, chain[-1])).get("parent"):
+        chain.append(parent)
+    check(set(chain) == listed, f"the image lists the RAM blobs {listed}, its chain is {chain}")
+    return chain
 
 
 @case(guests=("native",))
@@ -125,12 +139,30 @@ def the_hosts_policy_decides(bed: Bed) -> None:
 
 @case(guests=("native",))
 def overrides_do_not_change_the_saved_state(bed: Bed) -> None:
-    """Another memory size than the snapshot's is refused by name, or has no effect; limits of the group apply."""
+    """Less memory than the snapshot's is refused by name; more of it, vCPUs and kernel arguments have no effect; limits of the
+    group apply."""
     image, before = tally.image_with_ram(bed)
+    for who, flags in (
+        ("the spec's memory limit", ("--memory-limit", str(48 << 20))),
+        ("annotation io.ovms.memory", ("--annotation", "io.ovms.memory=48M")),
+    ):
+        sentence = (f"{who} allows {48 << 20} bytes of memory, the machine in the RAM snapshot has {64 << 20}: allow as much, or boot it "
+                    "with the annotation io.ovms.boot=cold")
+        bed.refused(lambda flags=flags: bed.vm(image, "vm", "--rm", *flags, status=None), sentence)
 
-    console = tally.start(bed, image, "vm", "--cpu-shares", "512")
+    wishes = ("--memory-limit", str(256 << 20), "--cpus", "1.5", "--annotation", "io.ovms.vcpus=4",
+              "--annotation", "io.ovms.kernel-args=count=1 fill=1")
+    console = tally.start(bed, image, "vm", *wishes)
 
     check(tally.first(console) >= before, f"it began at {tally.first(console)}")
+    record = json.loads((bed.ovms.runtime / "machines" / bed.namespace / "vm/record.json").read_bytes())
+    check((record["vcpus"], record["memory"]) == (1, 64 << 20), f"it has {record['vcpus']} vCPUs and {record['memory']} bytes of memory")
+    pid = bed.containerd.task_pid("vm")
+    # The group also has what the VMM itself needs.
+    limit = cgroups.memory_limit(cgroups.memory_group(pid))
+    check(limit == (256 + 64) << 20, f"its group may use {limit} bytes")
+    check(cgroups.cpu_limit(pid) == 1.5, f"its group may use {cgroups.cpu_limit(pid)} processors")
+    contains(bed.containerd.log, "kernel arguments given with a RAM snapshot have no effect", "containerd's log")
     tally.end(bed, "vm", console)
 
 
@@ -276,17 +308,20 @@ def its_manifest_says_what_it_is(bed: Bed) -> None:
     base = bed.registry.push(bed.guests.layout("tally"), "vm:1", "--preserve-digests")
     console = tally.start(bed, tally.pull(bed, base), "vm", *tally.SMALL)
     ref = bed.registry.ref("vm:2")
+    sent_before = bed.registry.uploaded()
 
     tally.snapshot(bed, "vm", ref)
 
     tally.end(bed, "vm", console)
-    raw = process.run(["skopeo", "inspect", "--raw", "--tls-verify=false", f"docker://{ref}"]).out
-    before = process.run(["skopeo", "inspect", "--raw", "--tls-verify=false", f"docker://{base}"]).out
-    manifest, bottom = json.loads(raw), json.loads(before)
-    digests = [layer["digest"] for layer in manifest["layers"]]
-    missing = [layer["digest"] for layer in bottom["layers"] if "qcow2" in json.dumps(layer) and layer["digest"] not in digests]
-    check(not missing, f"these disk layers of the base are not in the snapshot: {missing}")
-    check(manifest.get("subject"), f"there is no subject: {raw[:400]}")
+    (manifest, _), (bottom, subject) = bed.registry.manifest(ref), bed.registry.manifest(base)
+    disks = [layer for layer in bottom["layers"] if "image.layer" in layer["mediaType"]]
+    layers = [layer for layer in manifest["layers"] if "image.layer" in layer["mediaType"]]
+    check(len(disks) == 3 and layers[:3] == disks and len(layers) == 5, f"above the layers {disks} it has {layers}")
+    check(manifest.get("subject") == subject, f"the subject is {manifest.get('subject')}, the base {subject}")
+    theirs, ours = ([layer["digest"] for layer in (*one["layers"], one["config"])] for one in (bottom, manifest))
+    check(sorted(sent_before) == sorted(theirs), f"the base was sent as {sent_before}")
+    sent = bed.registry.uploaded()[len(sent_before):]
+    check(sorted(sent) == sorted(set(ours) - set(theirs)), f"{sent} were sent, of {ours} on {theirs}")
 
 
 def _needs(pointer: str, change: Callable[[Any], object]) -> Callable[[Path], None]:

@@ -26,10 +26,22 @@ def with_head(pointer: str, value: object) -> Callable[[Path], None]:
 
 def head(blob: Path) -> dict[str, Any]:
     """What a blob's head says (docs/ram-snapshot.md)."""
-    data = blob.read_bytes()
+    return head_of(blob.read_bytes())
+
+
+def head_of(data: bytes) -> dict[str, Any]:
+    """The same of a blob in memory."""
     offset, length = (int.from_bytes(data[at:at + 8], "little") for at in (16, 24))
     document: dict[str, Any] = json.loads(data[offset:offset + length])
     return document
+
+
+def chunks(data: bytes) -> dict[int, bytes]:
+    """The chunks of memory that a blob stores: number → the checksum of what they hold."""
+    index = head_of(data)["index"]
+    table = data[index["offset"]:index["offset"] + index["length"]]
+    entries = (table[at:at + 32] for at in range(0, len(table), 32))
+    return {int.from_bytes(entry[:4], "little"): entry[16:] for entry in entries}
 
 
 def image(bed: Bed, ref: str, tag: str, edit: Callable[[Path], None]) -> str:

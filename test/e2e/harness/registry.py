@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
 import socket
+import urllib.parse
 import urllib.request
 from pathlib import Path
+from typing import Any
 
-from . import process
+from . import oci, process
 
 
 def free_port() -> int:
@@ -51,6 +55,27 @@ class Registry:
             timeout=300,
         )
         return self.ref(name)
+
+    def manifest(self, ref: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The manifest of an image here, and the descriptor by which others name it."""
+        name, _, tag = ref.removeprefix(f"{self.address}/").rpartition(":")
+        asked = urllib.request.Request(f"http://{self.address}/v2/{name}/manifests/{tag}", headers={"Accept": oci.MANIFEST})
+        with urllib.request.urlopen(asked, timeout=10) as reply:
+            raw = reply.read()
+        manifest: dict[str, Any] = json.loads(raw)
+        return manifest, {"mediaType": manifest["mediaType"], "digest": oci.digest(raw), "size": len(raw)}
+
+    def blob(self, ref: str, digest: str) -> bytes:
+        """A blob of an image here."""
+        name = ref.removeprefix(f"{self.address}/").rpartition(":")[0]
+        with urllib.request.urlopen(f"http://{self.address}/v2/{name}/blobs/{digest}", timeout=30) as reply:
+            data: bytes = reply.read()
+        return data
+
+    def uploaded(self) -> list[str]:
+        """Digests of all blobs that were ever sent, as its access log has them; one that was sent twice is there twice."""
+        sent = re.findall(r'"PUT /v2/\S+/blobs/uploads/\S+[?&]digest=(\S+?)[ &]', self._daemon.logged())
+        return [urllib.parse.unquote(digest) for digest in sent]
 
     def stop(self) -> None:
         """Ends it."""
