@@ -8,6 +8,7 @@ use ovms_artifact::digest::Digest;
 use ovms_artifact::image::Blob;
 use ovms_artifact::layout::{Layout, LayoutError, Store};
 use ovms_artifact::oci::Descriptor;
+use ovms_bundle::worker::{Launcher, LayerReader};
 use ovms_config::Settings;
 use ovms_registry::Holder;
 
@@ -24,6 +25,11 @@ pub struct Found {
 /// The store's directory.
 pub fn store_dir(settings: &Settings) -> PathBuf {
     settings.paths.state.join("store")
+}
+
+/// Who reads layers of images that nobody vouches for.
+pub fn layers(settings: &Settings) -> LayerReader {
+    LayerReader { launcher: Launcher::new(), limits: (&settings.limits).into() }
 }
 
 /// Finds an image by what a user types: the path of a layout (and a tag in it), else a name or digest in the store.

@@ -62,7 +62,8 @@ pub fn run(args: &Args) -> Result<(), CliError> {
 }
 
 fn image(args: &Args, layout: &Layout, image: &Descriptor) -> Result<String, CliError> {
-    let image = layout.load_image(image)?;
+    let settings = Settings::load().map_err(CliError::invalid)?;
+    let image = layout.load_image(image, &images::layers(&settings))?;
     let names = names(layout, &image)?;
     match args.json {
         true => document(&image_json(&image, &names)),

@@ -78,7 +78,7 @@ enum Verb {
 /// The program `ovm`.
 #[must_use]
 pub fn ovm() -> ExitCode {
-    // `ovm run` unpacks layers in a worker, which is this program started again.
+    // Layers are read in a worker, which is this program started again.
     if let Some(code) = ovms_bundle::worker::intercept() {
         return code;
     }
@@ -101,6 +101,10 @@ pub fn ovm() -> ExitCode {
 /// The program `ovm-transfer`, which `ovm` becomes for the verbs that speak to registries or containerd.
 #[must_use]
 pub fn ovm_transfer() -> ExitCode {
+    // It reads layers in a worker, too.
+    if let Some(code) = ovms_bundle::worker::intercept() {
+        return code;
+    }
     let done = match Cli::parse().verb {
         Verb::Snapshot(args) => snapshot::run(&args),
         Verb::Pull(args) => pull::run(&args),

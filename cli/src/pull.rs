@@ -38,13 +38,14 @@ pub fn run(args: &Args) -> Result<(), CliError> {
     let registry = Registry::open(ovms_registry::parse(&name.full)?, args.plain_http)?;
     let store = Store::open(&images::store_dir(&settings))?;
     let steps = Steps::new(args.quiet);
+    let layers = images::layers(&settings);
     let mut sink = store.writer()?;
     let pulled = registry.pull(&mut sink, &steps)?;
     let digest = if is_pure_artifact(&store.layout()?, &pulled.image)? {
-        runnable(&store.layout()?, &pulled.image, vec![name.clone()], Box::new(sink), &steps)?.image.digest
+        runnable(&store.layout()?, &pulled.image, vec![name.clone()], &layers, Box::new(sink), &steps)?.image.digest
     } else {
         // What nothing can be run of has no place in the store.
-        store.layout()?.load_image(&pulled.image)?;
+        store.layout()?.load_image(&pulled.image, &layers)?;
         Box::new(sink).finish(vec![name.entry(&pulled.image)])?;
         images::digest(&pulled.image)?
     };

@@ -82,7 +82,7 @@ pub fn run(args: &Args) -> Result<(), CliError> {
     // Held from here on, so that nothing of the base is removed meanwhile.
     let mut writer = store.writer()?;
     let base = base(&settings, &machine, &store, &mut writer, &steps)?;
-    let loaded = base.layout.load_image(&base.image)?;
+    let loaded = base.layout.load_image(&base.image, &images::layers(&settings))?;
     let full =
         args.full || lacks_parents(&machine, &loaded.parts.ram_snapshots.iter().map(|b| b.digest).collect::<Vec<_>>());
 
@@ -93,7 +93,7 @@ pub fn run(args: &Args) -> Result<(), CliError> {
         Some(dir) => Box::new(DirSink::create(dir)?),
         None => Box::new(writer),
     };
-    let built = assemble(args, &name, dir.path(), (&base, &loaded), sink, &steps);
+    let built = assemble(args, &settings, &name, dir.path(), (&base, &loaded), sink, &steps);
     if args.stop {
         match &built {
             Ok(_) => stop::kill(&settings, &machine)?,
@@ -180,6 +180,7 @@ fn take(settings: &Settings, machine: &Machine, request: &ToMachine, quiet: bool
 
 fn assemble(
     args: &Args,
+    settings: &Settings,
     name: &ImageName,
     dir: &Path,
     (base, loaded): (&Found, &Loaded),
@@ -205,7 +206,7 @@ fn assemble(
         names: vec![name.clone()],
         epoch: SystemTime::now().duration_since(UNIX_EPOCH).ok().map(|since| since.as_secs()),
     };
-    let built = snapshot.build(&base.layout, &base.image, sink, steps)?;
+    let built = snapshot.build(&base.layout, &base.image, &images::layers(settings), sink, steps)?;
     // Gone before anything is pushed: it is the second copy of a whole memory.
     for name in [SNAPSHOT_RAM, SNAPSHOT_DISK] {
         let _ = fs::remove_file(dir.join(name));

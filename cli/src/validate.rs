@@ -1,7 +1,7 @@
 //! `ovm validate`: judges a manifest, or reads every byte of an image in an OCI layout.
 //!
 //! Disk layers and RAM are unpacked as a start would do it, by the sandboxed worker and into a directory that is removed
-//! afterwards: what is parsed here as root is JSON, and the one-file tar of a descriptor.
+//! afterwards, and what is compressed is decompressed by it: what is parsed here as root is JSON, and the headers of tars.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -16,6 +16,7 @@ use ovms_bundle::worker::Launcher;
 use ovms_config::Settings;
 
 use crate::error::CliError;
+use crate::images;
 use crate::progress::Steps;
 use crate::text;
 
@@ -66,8 +67,9 @@ pub fn run(args: &Args) -> Result<(), CliError> {
         Input::Layout(layout) => {
             let steps = Steps::new(args.quiet);
             let image = layout.select(args.tag.as_deref())?;
-            let loaded = layout.verify_but_disks(&image, &steps)?;
-            unpack(&layout, &image, &steps)?;
+            let settings = Settings::load().map_err(CliError::invalid)?;
+            let loaded = layout.verify_but_disks(&image, &images::layers(&settings), &steps)?;
+            unpack(&settings, &layout, &image, &steps)?;
             image_text(&args.path, &loaded)
         }
     };
@@ -78,8 +80,7 @@ pub fn run(args: &Args) -> Result<(), CliError> {
 }
 
 /// Has the worker parse everything that a machine would be given.
-fn unpack(layout: &Layout, image: &Descriptor, steps: &Steps) -> Result<(), CliError> {
-    let settings = Settings::load().map_err(CliError::invalid)?;
+fn unpack(settings: &Settings, layout: &Layout, image: &Descriptor, steps: &Steps) -> Result<(), CliError> {
     let options = Options {
         launcher: Launcher::new(),
         limits: (&settings.limits).into(),

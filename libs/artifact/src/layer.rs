@@ -106,6 +106,9 @@ pub enum LayerError {
     /// The descriptor is no manifest.
     #[error("the layer's ovm/manifest.json is refused")]
     Descriptor(#[source] ManifestError),
+    /// Who was to read the layer refused it, and says why.
+    #[error("{0}")]
+    Refused(String),
     /// Reading failed; digest errors of a [`crate::digest::VerifyingReader`] come here.
     #[error("the layer cannot be read")]
     Io(#[source] io::Error),
@@ -194,6 +197,24 @@ pub struct LayerSummary {
     pub disk: Option<DiskSummary>,
     /// The descriptor as bytes, if it held one; already parsed once, not validated.
     pub descriptor: Option<Vec<u8>>,
+}
+
+/// Who reads a layer to its end: this process, or a sandbox where nobody vouches for the layer.
+///
+/// [`Limits`] read in this process.
+pub trait ReadLayer {
+    /// Reads the blob to its end and says what it holds; the disk is for somebody else. What is left of a blob after an error
+    /// is the caller's to read.
+    ///
+    /// # Errors
+    /// Those of [`read`]; [`LayerError::Refused`] from a sandbox.
+    fn read_layer(&self, blob: &mut dyn Read, encoding: Encoding) -> Result<LayerSummary, LayerError>;
+}
+
+impl ReadLayer for Limits {
+    fn read_layer(&self, blob: &mut dyn Read, encoding: Encoding) -> Result<LayerSummary, LayerError> {
+        read(blob, encoding, self, &mut |_| Ok(()))
+    }
 }
 
 /// Reads a layer to its end: hands the disk file, if there is one, to `visit`, and says what was found.

@@ -133,6 +133,15 @@ pub fn layer_compression(media_type: &str) -> Option<Compression> {
     }
 }
 
+/// The media type of an OCI layer that is compressed so.
+pub fn layer_type(compression: Compression) -> &'static str {
+    match compression {
+        Compression::None => OCI_LAYER,
+        Compression::Gzip => OCI_LAYER_GZIP,
+        Compression::Zstd => OCI_LAYER_ZSTD,
+    }
+}
+
 /// Whether a config of this type is an image configuration that containerd unpacks.
 pub fn is_image_config(media_type: &str) -> bool {
     matches!(media_type, OCI_CONFIG | DOCKER_CONFIG)

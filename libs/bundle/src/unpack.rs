@@ -40,7 +40,7 @@ use crate::{
     ram,
     ram::RamOptions,
     record::{Disk, RECORD_VERSION},
-    worker::{Job, Launcher, Limits, Outcome, Progress, Source, Unpacked},
+    worker::{Job, Launcher, LayerReader, Limits, Outcome, Progress, Source, Unpacked},
     Error, Ram, Record, Result,
 };
 
@@ -141,7 +141,8 @@ impl Cache {
     /// [`Error`] naming document, blob or layer; what was made whole before stays in the cache.
     pub fn unpack(&self, layout: &Layout, image: &Descriptor, tell: &mut dyn FnMut(Step)) -> Result<Record> {
         sweep(&self.root.join("tmp"));
-        let image = layout.load_image(image).map_err(Error::Layout)?;
+        let layers = LayerReader { launcher: self.options.launcher.clone(), limits: self.options.limits };
+        let image = layout.load_image(image, &layers).map_err(Error::Layout)?;
         let resolved = image.resolved;
         let mut boot =
             |what, blob: Option<&Blob>| blob.map(|blob| self.boot_file(layout, what, blob, tell)).transpose();

@@ -15,15 +15,16 @@ use std::{
 
 use ovms_artifact::{
     build::{Options as BuildOptions, Recipe},
-    digest::Digest,
+    digest::{Digest, VerifyingReader},
+    layer::{self as blob_layer, Encoding, LayerError, ReadLayer},
     layout::{DirSink, Quiet, Sink, TarSink},
     manifest::{DiskFormat, Kernel, Manifest, Ref},
-    media,
+    media::{self, Compression},
 };
 use ovms_bundle::{
     layer,
     unpack::{instantiate, Cache, Options},
-    worker::{intercept, Job, Launcher, Limits, Outcome, Source, Unpacked},
+    worker::{intercept, Job, Launcher, LayerReader, Limits, Outcome, Source, Unpacked},
     Bundle, Error,
 };
 use ovms_disk::{qcow2::Plan, LayerMap, Stack, StackFiles, State, Table, Top, TopFiles};
@@ -47,6 +48,8 @@ fn main() -> ExitCode {
         ("hostile_layers_are_refused_by_name", hostile_layers),
         ("layer_beyond_the_limits_is_refused", beyond_the_limits),
         ("worker_runs_without_privileges", without_privileges),
+        ("compressed_layers_are_looked_into_by_a_worker", looked_into),
+        ("what_looking_into_a_layer_refuses_is_told", looking_refuses),
         ("layout_becomes_instances_with_tops_of_their_own", layout_becomes_instances),
         ("layout_in_a_tar_gives_the_same_cache", layout_in_a_tar),
         ("disk_in_use_returns_its_holder", disk_in_use),
@@ -344,6 +347,75 @@ fn without_privileges(dir: &Path) {
         drop(writer);
         worker.join().unwrap().unwrap();
     });
+}
+
+/// A blob that waits, after its first bytes, until our child is one with a filter.
+struct Watched<'a> {
+    blob: &'a [u8],
+    first: usize,
+    seen: bool,
+}
+
+impl Read for Watched<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        if self.first == 0 && !self.seen {
+            let (_, status) = wait_for_seccomp();
+            self.seen = status.contains("NoNewPrivs:\t1");
+        }
+        let most = if self.first > 0 { self.first } else { buffer.len() };
+        let n = self.blob.read(&mut buffer[..most])?;
+        self.first = self.first.saturating_sub(n);
+        Ok(n)
+    }
+}
+
+fn looker(limits: Limits) -> LayerReader {
+    LayerReader { launcher: Launcher::new(), limits }
+}
+
+fn looked_into(dir: &Path) {
+    let image = qcow2(dir, 8 * MIB as u64, &[(MIB as u64, &noise(12, MIB))]);
+    let tar = tar_of(&[("ovm/manifest.json", DESCRIPTOR), ("ovm/disk.qcow2", &image)]);
+    let zstd = zstd::encode_all(&tar[..], 3).unwrap();
+    let here = blob_layer::Limits::default();
+    for (blob, compression) in [(gzip(&tar), Compression::Gzip), (zstd, Compression::Zstd)] {
+        let encoding = Encoding { compression, annotated: None };
+        let mut watched = Watched { blob: &blob, first: 100, seen: false };
+
+        let found = looker(Limits::default()).read_layer(&mut watched, encoding).unwrap();
+
+        assert!(watched.seen && watched.blob.is_empty());
+        assert_eq!(found, here.read_layer(&mut &blob[..], encoding).unwrap());
+        assert_eq!((found.diff_id, found.descriptor.as_deref()), (Digest::of(&tar), Some(DESCRIPTOR)));
+    }
+    // What is not compressed needs no worker.
+    let plain = Encoding { compression: Compression::None, annotated: None };
+    let found = looker(Limits::default()).read_layer(&mut &tar[..], plain).unwrap();
+    assert_eq!(found, here.read_layer(&mut &tar[..], plain).unwrap());
+}
+
+fn looking_refuses(dir: &Path) {
+    let encoding = |annotated| Encoding { compression: Compression::Gzip, annotated };
+    let look = |tar: &[u8], annotated, limits| {
+        looker(limits).read_layer(&mut &gzip(tar)[..], encoding(annotated)).unwrap_err()
+    };
+    let ordinary = tar_of(&[("etc/passwd", b"root"), ("var/big", &noise(13, 4 * MIB))]);
+    assert!(matches!(look(&ordinary, None, Limits::default()), LayerError::Ordinary(name) if name == "etc/passwd"));
+    assert!(matches!(look(&[0; 1024], None, Limits::default()), LayerError::Empty));
+    let why = look(&ordinary, Some(DiskFormat::Raw), Limits::default()).to_string();
+    assert!(why.contains("ovms.format") && why.contains("etc/passwd"), "{why}");
+    // The operator's limits, not ours.
+    let small = Limits { layer_data: MIB as u64, ..Limits::default() };
+    let why = look(&tar_of(&[("ovm/disk.raw", &noise(14, 2 * MIB))]), None, small).to_string();
+    assert!(why.contains("more than the 1048576 bytes allowed"), "{why}");
+    // Damaged, and of another digest than it should have.
+    let blob = gzip(&tar_of(&[("ovm/manifest.json", DESCRIPTOR)]));
+    let cut = looker(Limits::default()).read_layer(&mut &blob[..blob.len() / 2], encoding(None)).unwrap_err();
+    assert!(matches!(cut, LayerError::Refused(_)), "{cut:?}");
+    let mut other = VerifyingReader::new(&blob[..], Digest::of(b"other"), blob.len() as u64);
+    let error = looker(Limits::default()).read_layer(&mut other, encoding(None)).unwrap_err();
+    assert!(matches!(&error, LayerError::Io(e) if e.to_string().contains("wrong digest")), "{error:?}");
+    assert_eq!(fs::read_dir(dir).unwrap().count(), 0);
 }
 
 /// The status of our one child, once its filter is on.

@@ -14,7 +14,7 @@ use super::writer::{Frame, Writer};
 use super::{index_entry, BuildError, Built, ImageName};
 use crate::digest::Digest;
 use crate::image::{self, Blob, ImageError};
-use crate::layer::{self, Encoding, LayerError, Limits};
+use crate::layer::{Encoding, LayerError, ReadLayer};
 use crate::layout::{Layout, LayoutError, Progress, Sink};
 use crate::manifest::{DiskFormat, Manifest, Ref};
 use crate::media::{self, BlobKind, Compression};
@@ -39,7 +39,7 @@ struct Part {
     descriptor: Value,
 }
 
-/// Writes a runnable image of the artifact `image` in `layout` into `sink`.
+/// Writes a runnable image of the artifact `image` in `layout` into `sink`; compressed layers are read by `layers`.
 ///
 /// # Errors
 /// [`BuildError`] naming blob or field; nothing that an index names is written before everything succeeded.
@@ -47,6 +47,7 @@ pub fn runnable(
     layout: &Layout,
     image: &oci::Descriptor,
     names: Vec<ImageName>,
+    layers: &dyn ReadLayer,
     mut sink: Box<dyn Sink>,
     progress: &dyn Progress,
 ) -> Result<Built, BuildError> {
@@ -62,7 +63,7 @@ pub fn runnable(
         writer.adopt(&part.blob, part.descriptor.clone(), None, &from)?;
     }
     for (part, format) in disks {
-        let diff_id = diff_id(layout, part, format)?;
+        let diff_id = diff_id(layout, part, format, layers)?;
         let mut descriptor = part.descriptor.clone();
         if let Some(descriptor) = descriptor.as_object_mut() {
             let annotations = descriptor.entry("annotations").or_insert_with(|| json!({}));
@@ -175,14 +176,14 @@ fn find<'a>(
 }
 
 /// The digest of a layer's decompressed stream.
-fn diff_id(layout: &Layout, part: &Part, format: DiskFormat) -> Result<Digest, BuildError> {
+fn diff_id(layout: &Layout, part: &Part, format: DiskFormat, layers: &dyn ReadLayer) -> Result<Digest, BuildError> {
     let refused = |source| BuildError::Layout(LayoutError::Layer(part.blob.digest, source));
     let encoding = Encoding::identify(&part.blob.media_type, Some(format.name())).map_err(refused)?;
     if encoding.compression == Compression::None {
         return Ok(part.blob.digest);
     }
-    let reader = layout.blob(&part.blob.digest, part.blob.size)?;
-    match layer::read(reader, encoding, &Limits::default(), &mut |_| Ok(())) {
+    let mut reader = layout.blob(&part.blob.digest, part.blob.size)?;
+    match layers.read_layer(&mut reader, encoding) {
         Ok(summary) => Ok(summary.diff_id),
         Err(LayerError::Ordinary(name)) => Err(refused(LayerError::Foreign(name))),
         Err(error) => Err(refused(error)),

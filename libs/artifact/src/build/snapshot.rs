@@ -16,6 +16,7 @@ use super::writer::{Frame, Writer};
 use super::{index_entry, plain, BuildError, Built, ImageName};
 use crate::digest::Digest;
 use crate::image::{Blob, ImageError, Parts};
+use crate::layer::ReadLayer;
 use crate::layout::{Documents, Layout, LayoutError, Progress, Sink};
 use crate::manifest::{DiskFormat, DiskLayer, MachineDefaults, Manifest, Metadata, RamCompression, RamSnapshot, Ref};
 use crate::{media, oci};
@@ -44,7 +45,8 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
-    /// Writes the image of a snapshot of a machine that was made from `image` of the layout `base`.
+    /// Writes the image of a snapshot of a machine that was made from `image` of the layout `base`, whose layers are read by
+    /// `layers`.
     ///
     /// # Errors
     /// [`BuildError`]; nothing that an index names is written before everything succeeded.
@@ -52,11 +54,12 @@ impl Snapshot {
         self,
         base: &Layout,
         image: &oci::Descriptor,
+        layers: &dyn ReadLayer,
         mut sink: Box<dyn Sink>,
         progress: &dyn Progress,
     ) -> Result<Built, BuildError> {
         let documents = base.documents(image)?;
-        let loaded = base.load_image(image)?;
+        let loaded = base.load_image(image, layers)?;
         let mut writer = Writer::new(sink.as_mut(), progress);
         let mut manifest = self.manifest(&loaded.resolved.manifest);
         self.adopt_plain(base, &documents, &loaded.parts, &mut writer)?;

@@ -6,7 +6,7 @@ use super::write::Advancing;
 use super::{digest_of, Layout, LayoutError, Progress, Quiet};
 use crate::digest::{Digest, DigestError};
 use crate::image::{self, Blob, ImageError, Parts, Resolved};
-use crate::layer::{self, LayerError, Limits};
+use crate::layer::{LayerError, Limits, ReadLayer};
 use crate::manifest::Manifest;
 use crate::media::Compression;
 use crate::oci;
@@ -47,23 +47,24 @@ impl Layout {
     /// Reads the image for linux/amd64 (by tag, if there are several) and resolves its manifest.
     ///
     /// Layers are read and verified from the top until one holds a descriptor, which for an image of `ovm build` is the
-    /// first, of a few kilobytes; the disks below are left alone. [`Layout::verify`] reads everything.
+    /// first, of a few kilobytes; the disks below are left alone. [`Layout::verify`] reads everything. Both read in this
+    /// process: for layouts that somebody vouches for.
     ///
     /// # Errors
     /// [`LayoutError`] naming document, blob or field.
     pub fn load(&self, tag: Option<&str>) -> Result<Loaded, LayoutError> {
-        self.load_image(&self.select(tag)?)
+        self.load_image(&self.select(tag)?, &Limits::default())
     }
 
-    /// [`Layout::load`] of an image manifest that was chosen already.
+    /// [`Layout::load`] of an image manifest that was chosen already, its layers read by `layers`.
     ///
     /// # Errors
     /// [`LayoutError`] naming document, blob or field.
-    pub fn load_image(&self, image: &oci::Descriptor) -> Result<Loaded, LayoutError> {
+    pub fn load_image(&self, image: &oci::Descriptor, layers: &dyn ReadLayer) -> Result<Loaded, LayoutError> {
         let (image, config, mut parts) = self.parts(image)?;
         let mut found = None;
         for layer in parts.layers.iter_mut().rev() {
-            if let Some(manifest) = self.read_layer(layer, &Quiet)? {
+            if let Some(manifest) = self.read_layer(layer, layers, &Quiet)? {
                 found = Some(Found { manifest, descriptor: Some(layer.blob.digest) });
                 break;
             }
@@ -81,7 +82,7 @@ impl Layout {
         let mut found = None;
         for layer in &mut parts.layers {
             // A layer above may hold a descriptor of its own, which then wins.
-            if let Some(manifest) = self.read_layer(layer, progress)? {
+            if let Some(manifest) = self.read_layer(layer, &Limits::default(), progress)? {
                 found = Some(Found { manifest, descriptor: Some(layer.blob.digest) });
             }
         }
@@ -92,13 +93,18 @@ impl Layout {
     ///
     /// # Errors
     /// [`LayoutError`] naming the blob.
-    pub fn verify_but_disks(&self, image: &oci::Descriptor, progress: &dyn Progress) -> Result<Loaded, LayoutError> {
-        let mut loaded = self.load_image(image)?;
+    pub fn verify_but_disks(
+        &self,
+        image: &oci::Descriptor,
+        layers: &dyn ReadLayer,
+        progress: &dyn Progress,
+    ) -> Result<Loaded, LayoutError> {
+        let mut loaded = self.load_image(image, layers)?;
         self.verify_plain(&loaded.parts, progress)?;
         let disks = &loaded.resolved.disks;
         let is_disk = |layer: &image::Layer| disks.iter().any(|disk| disk.layer.blob.digest == layer.blob.digest);
         for layer in loaded.parts.layers.iter_mut().filter(|layer| !is_disk(layer)) {
-            self.read_layer(layer, progress)?;
+            self.read_layer(layer, layers, progress)?;
         }
         Ok(loaded)
     }
@@ -151,12 +157,17 @@ impl Layout {
     }
 
     /// Reads a layer to its end, checks both its digests, notes its disk and returns its descriptor.
-    fn read_layer(&self, layer: &mut image::Layer, progress: &dyn Progress) -> Result<Option<Manifest>, LayoutError> {
+    fn read_layer(
+        &self,
+        layer: &mut image::Layer,
+        layers: &dyn ReadLayer,
+        progress: &dyn Progress,
+    ) -> Result<Option<Manifest>, LayoutError> {
         let blob = &layer.blob;
         let mut reader = Advancing { inner: self.blob(&blob.digest, blob.size)?, progress };
         progress.begin(&blob.digest.to_string(), blob.size);
         let refused = |e| LayoutError::Layer(blob.digest, e);
-        let summary = layer::read(&mut reader, layer.encoding, &Limits::default(), &mut |_| Ok(()));
+        let summary = layers.read_layer(&mut reader, layer.encoding);
         let (diff_id, disk, descriptor) = match summary {
             Ok(summary) => (Some(summary.diff_id), summary.disk, summary.descriptor),
             // A layer of files is none of ours; its blob is still what it says.

@@ -13,7 +13,7 @@ use std::{
 
 use ovms_artifact::{
     digest::{Digest, VerifyingReader},
-    layer::{self as blob, DiskFile, Encoding, LayerError},
+    layer::{self as blob, DiskFile, Encoding, LayerError, LayerSummary},
     manifest::DiskFormat,
 };
 use ovms_disk::layer::{self, Format};
@@ -78,6 +78,10 @@ fn serve(mut socket: &UnixStream) -> Result<(), String> {
             jail::enter(limits.disk_virtual.max(limits.layer_data), request.ids)?;
             unpack(&job, files, &mut tell)?
         }
+        Task::Look { source, limits } => {
+            jail::enter(0, request.ids)?;
+            look(&source, limits, files)?
+        }
         Task::Ram { blobs, max_memory, threads } => {
             let pool = ram::Pool::start(threads)?;
             jail::enter(max_memory, request.ids)?;
@@ -136,7 +140,6 @@ fn unpack_layer(encoding: Encoding, task: &LayerTask, files: Files, tell: &mut T
             Box::new(VerifyingReader::new(input, digest, *size))
         }
     };
-    let limits = blob::Limits { disk: task.limits.layer_data, ratio: task.limits.layer_ratio };
     let mut visit = |disk: DiskFile<'_>| -> blob::VisitResult {
         let written = match disk_format(disk.format)? {
             Format::Raw => layer::convert_stream(disk.reader, disk.size, &data, &disk_limits(task), &mut |d, t| {
@@ -149,7 +152,23 @@ fn unpack_layer(encoding: Encoding, task: &LayerTask, files: Files, tell: &mut T
         };
         Ok(written.write_to(&map)?)
     };
-    match blob::read(BufReader::with_capacity(256 << 10, input), encoding, &limits, &mut visit) {
+    let input = BufReader::with_capacity(256 << 10, input);
+    answer(blob::read(input, encoding, &blob_limits(task.limits), &mut visit))
+}
+
+/// Reads a layer without keeping anything of it. That it is the right blob is seen by who sends it.
+fn look(source: &Source, limits: Limits, files: Vec<File>) -> Result<Reply, String> {
+    let Source::Layer { media_type, format } = source else { return Err("there is no layer to look at".into()) };
+    let input = files.into_iter().next().ok_or("a descriptor is missing")?;
+    let encoding = Encoding::identify(media_type, format.as_deref()).map_err(|e| chain(&e))?;
+    match blob::read(BufReader::with_capacity(256 << 10, input), encoding, &blob_limits(limits), &mut |_| Ok(())) {
+        Err(LayerError::Empty) => Ok(Reply::Empty),
+        found => answer(found),
+    }
+}
+
+fn answer(found: Result<LayerSummary, LayerError>) -> Result<Reply, String> {
+    match found {
         Ok(found) => Ok(Reply::Done(Done {
             diff_id: Some(found.diff_id.to_string()),
             size: found.size,
@@ -164,6 +183,10 @@ fn unpack_layer(encoding: Encoding, task: &LayerTask, files: Files, tell: &mut T
         Err(LayerError::Ordinary(first)) => Ok(Reply::Ordinary { first }),
         Err(e) => Ok(Reply::Refused { why: chain(&e) }),
     }
+}
+
+fn blob_limits(limits: Limits) -> blob::Limits {
+    blob::Limits { disk: limits.layer_data, ratio: limits.layer_ratio }
 }
 
 fn unpack_disk(format: DiskFormat, task: &LayerTask, files: &Files, tell: &mut Teller<'_>) -> Result<Reply, String> {

@@ -7,13 +7,15 @@
 //!  re-reads the map, takes the  <──lines: Progress, Done | Refused──┘
 //!  reply as hostile, syncs
 //! ```
-//! RAM snapshots go the same way, on several threads ([`RamJob`]).
+//! RAM snapshots go the same way, on several threads ([`RamJob`]), and compressed layers of which only the descriptor is
+//! wanted ([`LayerReader`]).
 //!
 //! The worker is the caller's own program started again, so a program that unpacks layers calls [`intercept`] before
 //! anything else in its `main`.
 
 mod child;
 mod jail;
+mod look;
 mod parent;
 mod ram;
 mod wire;
@@ -24,6 +26,7 @@ use ovms_artifact::{digest::Digest, manifest::DiskFormat};
 use ovms_config::settings::LimitSettings;
 use serde::{Deserialize, Serialize};
 
+pub use look::LayerReader;
 pub use parent::Launcher;
 pub use ram::{RamBlob, RamJob};
 

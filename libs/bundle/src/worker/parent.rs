@@ -112,24 +112,43 @@ impl Launcher {
         files: &[BorrowedFd<'_>],
         progress: &mut dyn FnMut(Progress) -> bool,
     ) -> Result<Reply> {
+        self.begin(request, files)?.end(progress)
+    }
+
+    /// Starts a worker and hands it a request.
+    pub(super) fn begin(&self, request: &Request, files: &[BorrowedFd<'_>]) -> Result<Conversation> {
         let (ours, theirs) = UnixStream::pair().map_err(|e| failed(format!("cannot make a socket: {e}")))?;
         let mut command = Command::new(&self.program);
         command.arg(ARG).env_clear().current_dir("/").stdin(OwnedFd::from(theirs)).stdout(Stdio::null());
-        let mut child = Reaped(command.spawn().map_err(|e| failed(format!("cannot start: {e}")))?);
+        let child = Reaped(command.spawn().map_err(|e| failed(format!("cannot start: {e}")))?);
         drop(command);
         send(&ours, request, files).map_err(|e| failed(format!("cannot send the request: {e}")))?;
-        let reply = listen(&ours, progress)?;
-        drop(ours);
+        Ok(Conversation { socket: ours, child })
+    }
+
+    pub(super) fn ids(&self) -> Option<(u32, u32)> {
+        self.ids
+    }
+}
+
+/// A worker that has its request.
+pub(super) struct Conversation {
+    socket: UnixStream,
+    child: Reaped,
+}
+
+impl Conversation {
+    /// Waits until the worker is gone; returns its good answer. The worker is killed if `progress` returns `false`.
+    pub(super) fn end(self, progress: &mut dyn FnMut(Progress) -> bool) -> Result<Reply> {
+        let Self { socket, mut child } = self;
+        let reply = listen(&socket, progress)?;
+        drop(socket);
         let status = child.0.wait().map_err(|e| failed(format!("cannot be waited for: {e}")))?;
         match reply {
             Some(Reply::Refused { why }) => Err(Error::Refused { name: String::new(), why: printable(&why) }),
             Some(reply) if status.success() => Ok(reply),
             _ => Err(failed(format!("it ended without an answer ({})", describe(status)))),
         }
-    }
-
-    pub(super) fn ids(&self) -> Option<(u32, u32)> {
-        self.ids
     }
 }
 
@@ -209,7 +228,7 @@ fn accept(done: Done, data: (&File, &Path), map: (&File, &Path)) -> Result<Outco
     Ok(Outcome::Layer(Unpacked { diff_id, size: done.size, disk, descriptor: done.descriptor }))
 }
 
-fn printable(text: &str) -> String {
+pub(super) fn printable(text: &str) -> String {
     text.chars().filter(|c| !c.is_control()).take(MAX_WHY).collect()
 }
 

@@ -31,6 +31,8 @@ pub(super) enum Task {
         expect: Option<(String, u64)>,
         limits: Limits,
     },
+    /// Beside it the descriptor input.
+    Look { source: Source, limits: Limits },
     /// Beside it the descriptors memory, state, then the blobs in the order of `blobs`, newest first.
     Ram {
         blobs: Vec<RamBlobTask>,
@@ -58,6 +60,8 @@ pub(super) enum Reply {
     Ordinary {
         first: String,
     },
+    /// To [`Task::Look`]: a layer with nothing in it.
+    Empty,
     Refused {
         why: String,
     },

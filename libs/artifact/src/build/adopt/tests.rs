@@ -2,6 +2,7 @@ use std::fs;
 use std::path::Path;
 
 use super::*;
+use crate::layer::Limits;
 use crate::layout::{DirSink, Loaded, Quiet};
 
 const RAW: &[u8] = &[7; 1000];
@@ -48,7 +49,7 @@ fn adopt(dir: &Path) -> Result<Loaded, String> {
     assert!(is_pure_artifact(&layout, &image).unwrap());
     let sink = Box::new(DirSink::create(&dir.join("out")).unwrap());
     let names = vec![ImageName::parse("demo:1").unwrap()];
-    match runnable(&layout, &image, names, sink, &Quiet) {
+    match runnable(&layout, &image, names, &Limits::default(), sink, &Quiet) {
         Ok(_) => Ok(Layout::open(&dir.join("out")).unwrap().verify(None, &Quiet).unwrap()),
         Err(error) => {
             let mut text = error.to_string();

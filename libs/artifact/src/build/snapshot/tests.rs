@@ -2,6 +2,7 @@ use std::fs;
 
 use super::*;
 use crate::build::{Options, Recipe};
+use crate::layer::Limits;
 use crate::layout::{DirSink, Loaded, Quiet, Store};
 use crate::manifest::Kernel;
 
@@ -61,7 +62,7 @@ impl Bench {
     fn take(&self, base: &str, snapshot: Snapshot) -> Result<Built, BuildError> {
         let image = self.store.find(base).unwrap();
         let layout = self.store.layout().unwrap();
-        snapshot.build(&layout, &image, Box::new(self.store.writer().unwrap()), &Quiet)
+        snapshot.build(&layout, &image, &Limits::default(), Box::new(self.store.writer().unwrap()), &Quiet)
     }
 
     fn load(&self, tag: &str) -> Loaded {
@@ -137,7 +138,7 @@ fn snapshot_of_a_base_in_another_layout_copies_what_it_needs() {
     let image = layout.select(None).unwrap();
 
     let snapshot = bench.snapshot("ram 1", Vec::new(), "snap:1");
-    snapshot.build(&layout, &image, Box::new(bench.store.writer().unwrap()), &Quiet).unwrap();
+    snapshot.build(&layout, &image, &Limits::default(), Box::new(bench.store.writer().unwrap()), &Quiet).unwrap();
 
     assert_eq!(bench.load("snap:1").resolved.disks.len(), 2);
 }
