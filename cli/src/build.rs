@@ -47,7 +47,7 @@ pub struct Args {
     /// The image's version
     #[arg(long, required_unless_present = "manifest")]
     version: Option<String>,
-    /// The kernel, a bzImage or an x86-64 ELF file; without one the machine boots its disk
+    /// The kernel, a bzImage or an x86-64 ELF file; an image without one is built, but this version cannot start it
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
     /// The initial RAM disk
@@ -59,7 +59,7 @@ pub struct Args {
     /// A disk layer, base first; the format from .qcow2, .raw, .img or from format=
     #[arg(long = "disk", value_name = "FILE[,format=qcow2|raw]", value_parser = parse_disk)]
     disks: Vec<(PathBuf, DiskFormat)>,
-    /// A device of shared memory
+    /// A device of shared memory; an image with one is built, but this version cannot start it
     #[arg(long = "device", value_name = "ivshmem,name=N,size=S[,addr=0x…]", value_parser = parse_device)]
     devices: Vec<Device>,
     /// vCPUs the machine gets unless somebody says otherwise
@@ -102,6 +102,9 @@ pub fn run(args: Args) -> Result<(), CliError> {
     probe_disks(&recipe)?;
     let sink = sink(&output, epoch.unwrap_or_default())?;
     let built = recipe.build(sink, options, &Steps::new(quiet))?;
+    if !quiet {
+        text::warn_unsupported(&built.manifest);
+    }
     print(&built, &output, quiet)
 }
 

@@ -169,7 +169,7 @@ fn manifest_text(manifest: &Manifest) -> String {
         out += &line("kernel", &kernel.reference.to_string());
         out.extend(kernel.args.iter().map(|args| line("args", args)));
     } else {
-        out += &line("kernel", "none, boots its disk by firmware");
+        out += &line("kernel", "none");
     }
     out.extend(manifest.initrd.iter().map(|i| line("initrd", &i.reference.to_string())));
     for disk in &manifest.disk_layers {
@@ -196,6 +196,9 @@ fn manifest_text(manifest: &Manifest) -> String {
     }
     if manifest.container_mode {
         out += &line("mode", "container");
+    }
+    for problem in manifest.unsupported() {
+        out += &line("not started", &problem.to_string());
     }
     out
 }

@@ -2,6 +2,8 @@
 
 use std::io::{self, Write};
 
+use ovms_artifact::manifest::Manifest;
+
 use crate::error::CliError;
 
 /// A text that comes from an image must not drive the terminal: control characters become `?`.
@@ -14,6 +16,13 @@ pub fn print(text: &str) -> Result<(), CliError> {
     match io::stdout().write_all(text.as_bytes()).and_then(|()| io::stdout().flush()) {
         Err(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(CliError::io(e)),
         _ => Ok(()),
+    }
+}
+
+/// Warns, on stderr, of what a machine of this manifest would be refused for.
+pub fn warn_unsupported(manifest: &Manifest) {
+    for problem in manifest.unsupported() {
+        eprintln!("ovm: warning: no machine of this image can be started: {}", harmless(&problem.to_string()));
     }
 }
 

@@ -62,20 +62,25 @@ pub fn open(path: &Path) -> Result<Input, CliError> {
 
 /// Checks the path and prints what was found.
 pub fn run(args: &Args) -> Result<(), CliError> {
-    let found = match open(&args.path)? {
-        Input::Manifest(manifest) => manifest_text(&args.path, &manifest),
+    let (manifest, found) = match open(&args.path)? {
+        Input::Manifest(manifest) => {
+            let found = manifest_text(&args.path, &manifest);
+            (*manifest, found)
+        }
         Input::Layout(layout) => {
             let steps = Steps::new(args.quiet);
             let image = layout.select(args.tag.as_deref())?;
             let settings = Settings::load().map_err(CliError::invalid)?;
             let loaded = layout.verify_but_disks(&image, &images::layers(&settings), &steps)?;
             unpack(&settings, &layout, &image, &steps)?;
-            image_text(&args.path, &loaded)
+            let found = image_text(&args.path, &loaded);
+            (loaded.resolved.manifest, found)
         }
     };
     if args.quiet {
         return Ok(());
     }
+    text::warn_unsupported(&manifest);
     text::print(&found)
 }
 

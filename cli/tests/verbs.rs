@@ -109,6 +109,50 @@ fn tags_name_the_image() {
 }
 
 #[test]
+fn what_this_version_cannot_start_is_built_with_a_warning() {
+    let parts = Parts::new();
+    let manifest = |more: serde_json::Value| {
+        let mut manifest = json!({
+            "schemaVersion": 1, "mediaType": "application/vnd.ovms.manifest.v1+json", "name": "a", "version": "1",
+        });
+        manifest.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        parts.write("manifest.json", manifest.to_string().as_bytes());
+    };
+    let kernel = json!({ "ref": "vmlinuz" });
+    let disks = json!([{ "ref": "base.qcow2", "format": "qcow2" }]);
+    let device = json!([{ "type": "ivshmem", "name": "shm0", "size": 4096 }]);
+    for (more, wanted) in [
+        (
+            json!({ "kernel": kernel, "devices": device }),
+            "devices[0]: this version has no device of type ivshmem (\"shm0\")",
+        ),
+        (json!({ "diskLayers": disks }), "kernel: missing, and this version does not boot firmware from a disk"),
+        (json!({ "kernel": kernel, "containerMode": true }), "containerMode: this version has no container mode"),
+    ] {
+        manifest(more);
+        let warning = format!("ovm: warning: no machine of this image can be started: {wanted}\n");
+
+        let built = parts.ovm(&["build", "-f", "manifest.json", "-o", "layout"]);
+
+        assert_eq!((built.code, built.err.matches(&warning).count()), (Some(0), 1), "{}", built.err);
+        for path in ["layout", "manifest.json"] {
+            let validated = parts.ovm(&["validate", path]);
+            assert_eq!(
+                (validated.code, validated.err.matches(&warning).count()),
+                (Some(0), 1),
+                "{path}: {}",
+                validated.err
+            );
+            assert!(parts.ovm_ok(&["inspect", path]).contains(wanted));
+        }
+        assert_eq!(parts.ovm(&["build", "-q", "-f", "manifest.json", "-o", "layout"]).err, "");
+        fs::remove_dir_all(parts.path("layout")).unwrap();
+    }
+    manifest(json!({ "kernel": kernel }));
+    assert!(!parts.ovm(&["build", "-f", "manifest.json", "-o", "layout"]).err.contains("warning"));
+}
+
+#[test]
 fn quiet_build_prints_nothing_but_the_digest() {
     let parts = Parts::new();
     let args = ["build", "-q", "--name", "a", "--version", "1", "--kernel", "vmlinuz", "-o", "layout"];

@@ -173,6 +173,10 @@ fn resume_start(resume: Resume, spec: &CreateSpec, settings: &Settings, fds: &mu
 
 /// Refuses what the image asks for and the machine would silently lack.
 fn check_manifest(manifest: &Manifest) -> Result<()> {
+    if manifest.container_mode {
+        let message = "the image asks for container mode (containerMode), which this version of ovms does not have: build it without";
+        return Err(Error::new(Kind::InvalidArgument, message));
+    }
     let Some(device) = manifest.devices.first() else { return Ok(()) };
     let message = format!(
         "the image asks for the device {} of type {}, which this version of ovms does not have: build it without",
@@ -251,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn check_manifest_with_device_returns_its_name() {
+    fn check_manifest_with_what_is_not_there_returns_its_name() {
         let manifest = |extra: &str| {
             let text = format!(
                 r#"{{"schemaVersion":1,"mediaType":"application/vnd.ovms.manifest.v1+json","name":"m","version":"1"{extra}}}"#
@@ -262,5 +266,7 @@ mod tests {
         let device = r#","devices":[{"type":"ivshmem","name":"mmio0","size":4096,"mmio_addr":"0x100000000"}]"#;
         let err = check_manifest(&manifest(device)).unwrap_err();
         assert!(err.to_string().contains("the device mmio0 of type ivshmem"), "{err}");
+        let err = check_manifest(&manifest(r#","containerMode":true"#)).unwrap_err();
+        assert!(err.to_string().contains("containerMode"), "{err}");
     }
 }

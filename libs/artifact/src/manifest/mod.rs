@@ -53,7 +53,7 @@ pub struct Manifest {
     pub name: String,
     /// The image's version, for people and for the default tag.
     pub version: String,
-    /// The kernel; without one the machine boots its disk by firmware.
+    /// The kernel; without one the disk is to be booted by firmware, which this version does not have.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kernel: Option<Kernel>,
     /// The initial RAM disk.

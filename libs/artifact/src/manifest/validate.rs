@@ -136,6 +136,23 @@ impl Manifest {
         refs
     }
 
+    /// What the manifest asks for and this version of ovms does not have, by field. Such a manifest is valid, and an image of
+    /// it can be built, but no machine of it is started.
+    pub fn unsupported(&self) -> Vec<FieldError> {
+        let mut problems = Problems::default();
+        for (i, device) in self.devices.iter().enumerate() {
+            let (name, kind) = (&device.name, &device.kind);
+            problems.add(format!("devices[{i}]"), format!("this version has no device of type {kind} (\"{name}\")"));
+        }
+        if self.kernel.is_none() && self.ram_snapshot.is_none() {
+            problems.add("kernel", "missing, and this version does not boot firmware from a disk");
+        }
+        if self.container_mode {
+            problems.add("containerMode", "this version has no container mode");
+        }
+        problems.0
+    }
+
     fn check_head(&self, problems: &mut Problems) {
         if self.schema_version != 1 {
             problems.add("schemaVersion", format!("{} is unknown, this runtime reads 1", self.schema_version));
@@ -158,7 +175,7 @@ impl Manifest {
         if let Some(initrd) = &self.initrd {
             problems.reference("initrd.ref", &initrd.reference);
             if self.kernel.is_none() {
-                problems.add("initrd", "needs a kernel: add kernel.ref, or drop the initrd to boot from the disk");
+                problems.add("initrd", "needs a kernel: add kernel.ref, or drop the initrd");
             }
         }
         if let Some(ram) = &self.ram_snapshot {
