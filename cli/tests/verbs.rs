@@ -153,6 +153,39 @@ fn what_this_version_cannot_start_is_built_with_a_warning() {
 }
 
 #[test]
+fn every_hint_of_the_command_line_goes_into_the_manifest() {
+    let parts = Parts::new();
+    parts.write("ram.lz4", b"blocks");
+    let hints = ["--preferred-runtime", "ovms", "--preferred-runtime", "other", "--cold-start-target-ms", "250"];
+    let ram = ["--ram", "ram.lz4", "--ram-preload", "--ram-mlock"];
+
+    parts.build("layout", &[&hints[..], &ram, &["--created", "2026-02-03T04:05:06Z", "--author", "me"]].concat());
+
+    let manifest = parts.inspect("layout")["manifest"].clone();
+    assert_eq!(manifest["runtimeHints"], json!({ "preferredRuntime": ["ovms", "other"], "coldStartTargetMs": 250 }));
+    assert_eq!(manifest["metadata"]["created"], "2026-02-03T04:05:06Z");
+    assert_eq!(manifest["metadata"]["author"], "me");
+    let ram = &manifest["ramSnapshot"];
+    assert_eq!(
+        (&ram["compression"], &ram["preload_hint"], &ram["mlock_required"]),
+        (&json!("lz4"), &json!(true), &json!(true))
+    );
+    parts.build("plain", &["--ram", "ram.lz4"]);
+    let ram = parts.inspect("plain")["manifest"]["ramSnapshot"].clone();
+    assert_eq!((&ram["preload_hint"], &ram["mlock_required"]), (&json!(false), &json!(false)));
+    for alone in ["--ram-preload", "--ram-mlock"] {
+        let args = ["build", "--name", "a", "--version", "1", "--kernel", "vmlinuz", "-o", "x", alone];
+        assert_eq!(parts.ovm(&args).code, Some(2), "{alone}");
+    }
+    refused(
+        &parts,
+        &["build", "--name", "a", "--version", "1", "--kernel", "vmlinuz", "-o", "x", "--created", "today"],
+        65,
+        "metadata.created",
+    );
+}
+
+#[test]
 fn quiet_build_prints_nothing_but_the_digest() {
     let parts = Parts::new();
     let args = ["build", "-q", "--name", "a", "--version", "1", "--kernel", "vmlinuz", "-o", "layout"];
