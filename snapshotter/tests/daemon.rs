@@ -5,7 +5,7 @@ mod common;
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -20,8 +20,7 @@ use tonic::transport::Channel;
 use tonic::Code;
 
 use common::{
-    commit, kill_worker, names, prepare, record, settings, wait_for, walked_image, write_layer, write_layer_with,
-    Daemon,
+    commit, names, prepare, record, settings, wait_for, walked_image, write_layer, write_layer_with, Daemon, Stopped,
 };
 
 fn assert_machine(record: &ovms_bundle::Record) {
@@ -101,28 +100,60 @@ async fn a_kill_at_any_moment_of_a_conversion_loses_nothing() {
     }
 }
 
+/// Commits a disk, again and again, until its conversion is met at work; returns the worker, which stands still, the
+/// snapshot's directory and its name.
+async fn met_at_work(daemon: &Daemon) -> (Stopped, PathBuf, String) {
+    let mut client = daemon.client().await;
+    let content: Vec<u8> = (0..64_u32 << 18).flat_map(|word| (word ^ 0x5bd1_e995).to_le_bytes()).collect();
+    for attempt in 0..50 {
+        let (key, name) = (format!("default/1{attempt}/extract"), format!("default/2{attempt}/base"));
+        let fs = prepare(&mut client, &key, "").await;
+        write_layer(&fs, &["base"]);
+        fs::write(Path::new(&fs).join("ovm/disk.raw"), &content).unwrap();
+        commit(&mut client, &name, &key).await;
+        let dir = Path::new(&fs).parent().unwrap().to_owned();
+        while !dir.join("layer").exists() {
+            if let Some(worker) = Stopped::worker(daemon.child.id()) {
+                return (worker, dir, name);
+            }
+        }
+        client.remove(RemoveSnapshotRequest { key: name, ..Default::default() }).await.unwrap();
+    }
+    panic!("no conversion was met at work");
+}
+
 #[tokio::test]
 async fn a_layer_worker_that_is_killed_leaves_nothing_and_the_next_attempt_works() {
     let dir = tempfile::tempdir().unwrap();
     let daemon = Daemon::start(dir.path());
-    let mut client = daemon.client().await;
-    let fs = prepare(&mut client, "default/1/extract", "").await;
-    write_layer(&fs, &["base"]);
-    // Long enough to be met at work.
-    let disk: Vec<u8> = (0..96_u32 << 18).flat_map(|word| (word ^ 0x5bd1_e995).to_le_bytes()).collect();
-    fs::write(Path::new(&fs).join("ovm/disk.raw"), disk).unwrap();
-    commit(&mut client, "default/2/base", "default/1/extract").await;
-
-    let killed = kill_worker(daemon.child.id(), || true);
-
     let tmp = dir.path().join("root/tmp");
-    if killed {
-        wait_for("the end of the attempt", || names(&tmp).is_empty());
-        assert!(!dir.path().join("root/s/1/layer").exists());
-    }
-    let source = prepare(&mut client, "default/3/vm", "default/2/base").await;
-    assert_eq!(record(daemon.resolve(&source).1).disk.unwrap().virtual_size, 96 << 20);
+    let (worker, snapshot, name) = met_at_work(&daemon).await;
+    assert!(!names(&tmp).is_empty());
+
+    worker.kill();
+
+    wait_for("the end of the attempt", || names(&tmp).is_empty());
+    assert!(!snapshot.join("layer").exists());
+    let source = prepare(&mut daemon.client().await, "default/3/vm", &name).await;
+    assert_eq!(record(daemon.resolve(&source).1).disk.unwrap().virtual_size, 64 << 20);
     assert!(names(&tmp).is_empty());
+}
+
+#[tokio::test]
+async fn a_daemon_that_is_killed_while_its_worker_converts_leaves_nothing_and_the_next_one_does_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let daemon = Daemon::start(dir.path());
+    let (worker, snapshot, name) = met_at_work(&daemon).await;
+
+    daemon.kill();
+
+    assert!(!names(&dir.path().join("root/tmp")).is_empty() && !snapshot.join("layer").exists());
+    let daemon = Daemon::start(dir.path());
+    let source = prepare(&mut daemon.client().await, "default/3/vm", &name).await;
+    assert_eq!(record(daemon.resolve(&source).1).disk.unwrap().virtual_size, 64 << 20);
+    assert!(names(&dir.path().join("root/tmp")).is_empty());
+    // The orphan finds nobody to tell.
+    worker.kill();
 }
 
 #[tokio::test]

@@ -6,7 +6,7 @@ mod common;
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::thread::JoinHandle;
 
 use ovms_artifact::digest::Digest;
 use ovms_bundle::{Bundle, Manifest, SnapshotDisk, SnapshotRam, SnapshotRecord, SNAPSHOT_VERSION};
@@ -18,7 +18,7 @@ use ovms_snapshotter::proto::snapshots::{CleanupRequest, RemoveSnapshotRequest};
 use ovms_state::{Fingerprint, Section, SnapshotWriter, CHUNK};
 use tonic::transport::Channel;
 
-use common::{commit, kill_worker, names, prepare, record, wait_for, walked_image, walked_image_with, Daemon};
+use common::{commit, names, prepare, record, wait_for, walked_image, walked_image_with, Daemon, Stopped};
 
 const MIB: u64 = 1 << 20;
 
@@ -409,62 +409,148 @@ async fn ram_that_cannot_be_locked_is_refused_with_the_limit() {
     }
 }
 
+/// What was met in the middle of a resolve.
+struct Met<T> {
+    what: T,
+    source: String,
+    asked: JoinHandle<Option<FromSnapshotter>>,
+}
+
+/// Has containers started from a checkpoint, one after the other and each anew, until `look` finds something at work.
+async fn met_at_work<T>(daemon: &Daemon, from: &Path, look: impl Fn() -> Option<T>) -> Met<T> {
+    let mut client = daemon.client().await;
+    for attempt in 0..50 {
+        let key = format!("default/1{attempt}/vm");
+        let source = container(&mut client, &key).await;
+        let asked = std::thread::spawn({
+            let (source, from, dir) = (source.clone(), from.to_owned(), daemon.dir.clone());
+            // A daemon that is killed does not answer.
+            move || std::panic::catch_unwind(|| common::ask(&dir, &source, Some(&from)).1).ok()
+        });
+        while !asked.is_finished() {
+            if let Some(what) = look() {
+                return Met { what, source, asked };
+            }
+        }
+        assert!(record(asked.join().unwrap().unwrap()).ram.is_some());
+        remove(&mut client, &key).await;
+        nothing_is_left(&daemon.dir);
+    }
+    panic!("nothing was met at work");
+}
+
+/// The place where a digest's RAM is made.
+fn being_made(dir: &Path, digest: &Digest) -> PathBuf {
+    dir.join("root/ram").join(format!(".{}.new", digest.hex()))
+}
+
+/// Starts a daemon, sees that nothing of an attempt is left, and has it make RAM; returns the memory file.
+async fn the_next_daemon_makes_it_whole(dir: &Path, source: &str, from: &Path, memory: u64) -> PathBuf {
+    let daemon = Daemon::start(dir);
+    // Its sockets take connections before it has looked around; an answer comes afterwards.
+    daemon.client().await.cleanup(CleanupRequest::default()).await.unwrap();
+    let unfinished = names(&dir.join("root/ram")).into_iter().filter(|name| name.starts_with('.'));
+    assert_eq!(unfinished.collect::<Vec<_>>(), [""; 0]);
+    assert_eq!(names(&dir.join("root/tmp")), [""; 0]);
+
+    let ram = record(daemon.resolve_from(source, Some(from)).1).ram.unwrap();
+
+    let found = fs::read(&ram.memory).unwrap();
+    assert_eq!(found.len() as u64, memory);
+    for chunk in (0..found.len()).step_by(4 * CHUNK) {
+        assert!(found[chunk..chunk + CHUNK / 2].iter().all(|byte| *byte == 7), "at {chunk}");
+    }
+    ram.memory
+}
+
 #[tokio::test]
 async fn a_kill_in_the_middle_of_an_unpack_leaves_nothing_and_the_next_one_works() {
     let dir = tempfile::tempdir().unwrap();
     let (from, digest) = checkpoint(dir.path(), 96 * MIB, 7);
-    let mut daemon = Daemon::start(dir.path());
+    let daemon = Daemon::start(dir.path());
     walked_image(&mut daemon.client().await).await;
-    let source = container(&mut daemon.client().await, "default/5/vm").await;
-    let made = dir.path().join("root/ram").join(format!(".{}.new", digest.hex()));
-    for round in 0..4 {
-        let asked = std::thread::spawn({
-            let (source, from, dir) = (source.clone(), from.clone(), dir.path().to_owned());
-            // The answer never comes.
-            move || std::panic::catch_unwind(|| common::ask(&dir, &source, Some(&from))).is_err()
-        });
-        wait_for("the unpack", || made.join("memory").exists());
-        std::thread::sleep(Duration::from_millis(round * 10));
-        daemon.kill();
-        let _answered_or_not = asked.join().unwrap();
-        daemon = Daemon::start(dir.path());
-        // Its sockets take connections before it has looked around; an answer comes afterwards.
-        daemon.client().await.cleanup(CleanupRequest::default()).await.unwrap();
-        assert!(!made.exists(), "after round {round}: {:?}", names(&made));
-        assert_eq!(names(&dir.path().join("root/tmp")), [""; 0], "after round {round}");
-        if dir.path().join("root/ram").join(digest.hex()).exists() {
-            break;
-        }
-    }
+    let (process, made) = (daemon.child.id(), being_made(dir.path(), &digest));
+    let unpacking = || made.join("memory").exists().then(|| Stopped::worker(process)).flatten();
+    let Met { what: worker, source, asked } = met_at_work(&daemon, &from, unpacking).await;
 
-    let ram = record(daemon.resolve_from(&source, Some(&from)).1).ram.unwrap();
+    daemon.kill();
 
-    assert_eq!(fs::metadata(&ram.memory).unwrap().len(), 96 * MIB);
-    assert_eq!(fs::read(&ram.memory).unwrap()[0], 7);
+    assert_eq!(asked.join().unwrap(), None);
+    assert!(made.join("memory").exists() && !dir.path().join("root/ram").join(digest.hex()).exists());
+    the_next_daemon_makes_it_whole(dir.path(), &source, &from, 96 * MIB).await;
+    // The orphan, which would find nobody to tell.
+    worker.kill();
+}
+
+#[tokio::test]
+async fn a_kill_while_a_blob_arrives_leaves_nothing_and_the_next_daemon_works() {
+    let dir = tempfile::tempdir().unwrap();
+    let (from, digest) = checkpoint(dir.path(), 96 * MIB, 7);
+    let size = fs::metadata(from.join("ram")).unwrap().len();
+    let daemon = Daemon::start(dir.path());
+    walked_image(&mut daemon.client().await).await;
+    let process = daemon.child.id();
+    let tmp = dir.path().canonicalize().unwrap().join("root/tmp");
+    // The copy has no name: it is known by where it lies and by how much of it is there.
+    let arriving = || {
+        let fds = PathBuf::from(format!("/proc/{process}/fd"));
+        let half = |fd: &Path| {
+            fs::read_link(fd).is_ok_and(|file| file.parent() == Some(&tmp))
+                && fs::metadata(fd).is_ok_and(|found| found.is_file() && (1..size).contains(&found.len()))
+        };
+        names(&fds).iter().any(|fd| half(&fds.join(fd)))
+    };
+    let Met { what, source, asked } = met_at_work(&daemon, &from, || Stopped::while_at(process, arriving)).await;
+
+    what.kill();
+
+    daemon.kill();
+    assert_eq!(asked.join().unwrap(), None);
+    assert!(!being_made(dir.path(), &digest).exists());
+    the_next_daemon_makes_it_whole(dir.path(), &source, &from, 96 * MIB).await;
+}
+
+#[tokio::test]
+async fn a_kill_before_a_copy_on_tmpfs_has_its_name_leaves_nothing_and_the_next_daemon_works() {
+    let (dir, shm) = (tempfile::tempdir().unwrap(), tempfile::tempdir_in("/dev/shm").unwrap());
+    std::os::unix::fs::symlink(shm.path(), dir.path().join("run")).unwrap();
+    let (from, digest) = checkpoint(dir.path(), 128 * MIB, 7);
+    let daemon = Daemon::start(dir.path());
+    walked_image_with(&mut daemon.client().await, &hints(r#""preload_hint":true"#)).await;
+    let process = daemon.child.id();
+    let copies = || {
+        let roots = names(&shm.path().join("ram"));
+        roots.iter().flat_map(|root| names(&shm.path().join("ram").join(root))).collect::<Vec<_>>()
+    };
+    let copying = || copies() == [format!(".new-{}", digest.hex())];
+    let Met { what, source, asked } = met_at_work(&daemon, &from, || Stopped::while_at(process, copying)).await;
+
+    what.kill();
+
+    daemon.kill();
+    assert_eq!(asked.join().unwrap(), None);
+    assert!(copying());
+    let memory = the_next_daemon_makes_it_whole(dir.path(), &source, &from, 128 * MIB).await;
+    assert!(memory.canonicalize().unwrap().starts_with(shm.path()), "{}", memory.display());
+    assert_eq!(copies(), [digest.hex()]);
 }
 
 #[tokio::test]
 async fn a_ram_worker_that_is_killed_is_told_and_the_next_attempt_works() {
     let dir = tempfile::tempdir().unwrap();
-    let (from, _) = checkpoint(dir.path(), 128 * MIB, 7);
+    let (from, digest) = checkpoint(dir.path(), 96 * MIB, 7);
     let daemon = Daemon::start(dir.path());
-    let mut client = daemon.client().await;
-    walked_image(&mut client).await;
-    let source = container(&mut client, "default/5/vm").await;
-    let asked = std::thread::spawn({
-        let (source, from, dir) = (source.clone(), from.clone(), dir.path().to_owned());
-        move || common::ask(&dir, &source, Some(&from)).1
-    });
-    let unpacking = || names(&dir.path().join("root/ram")).iter().any(|name| name.ends_with(".new"));
-    let killed = kill_worker(daemon.child.id(), unpacking);
+    walked_image(&mut daemon.client().await).await;
+    let made = being_made(dir.path(), &digest);
+    let unpacking = || made.join("memory").exists().then(|| Stopped::worker(daemon.child.id())).flatten();
+    let Met { what: worker, source, asked } = met_at_work(&daemon, &from, unpacking).await;
 
-    let last = asked.join().unwrap();
+    worker.kill();
 
-    if killed && !matches!(last, FromSnapshotter::Resolved { .. }) {
-        assert!(matches!(&last, FromSnapshotter::Refused { kind: RefusalKind::Invalid | RefusalKind::Internal, .. }));
-        let message = refused(last);
-        assert!(message.contains("worker failed"), "{message}");
-        nothing_is_left(dir.path());
-    }
+    let last = asked.join().unwrap().unwrap();
+    assert!(matches!(&last, FromSnapshotter::Refused { kind: RefusalKind::Invalid, .. }), "{last:?}");
+    let message = refused(last);
+    assert!(message.contains("worker failed") && message.contains("killed by signal 9"), "{message}");
+    nothing_is_left(dir.path());
     assert!(record(daemon.resolve_from(&source, Some(&from)).1).ram.is_some());
 }

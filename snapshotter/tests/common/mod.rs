@@ -2,7 +2,6 @@
 
 #![allow(dead_code, reason = "each test binary uses its part")]
 
-use std::cell::Cell;
 use std::fs;
 use std::io::BufReader;
 use std::os::unix::net::UnixStream;
@@ -14,6 +13,7 @@ use ovms_artifact::digest::Digest;
 use ovms_proto::bundle::{read_line, write_line, FromSnapshotter, ToSnapshotter};
 use ovms_snapshotter::proto::snapshots::snapshots_client::SnapshotsClient;
 use ovms_snapshotter::proto::snapshots::{CommitSnapshotRequest, PrepareSnapshotRequest};
+use rustix::process::{kill_process, Pid, Signal};
 use tonic::transport::{Channel, Endpoint};
 
 /// How long anything may take.
@@ -184,24 +184,75 @@ pub fn record(last: FromSnapshotter) -> ovms_bundle::Record {
 /// The names in a directory; none if it is not there.
 pub fn names(dir: &Path) -> Vec<String> {
     let Ok(entries) = fs::read_dir(dir) else { return Vec::new() };
-    entries.map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned()).collect()
+    entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
 }
 
-/// Kills the daemon's worker, once it has one and `at_work` holds; whether that was in time.
-pub fn kill_worker(daemon: u32, at_work: impl Fn() -> bool) -> bool {
-    let worker = Cell::new(None);
-    wait_for("the worker", || {
-        worker.set(at_work().then(|| worker_of(daemon)).flatten());
-        worker.get().is_some()
-    });
-    let worker = worker.take().unwrap().to_string();
-    Command::new("kill").args(["-9", &worker]).status().unwrap().success()
+/// A process that stands still: what it was in the middle of, it stays in the middle of. It goes on when this is dropped.
+pub struct Stopped(Pid);
+
+impl Stopped {
+    /// Stops all threads of a process; none if it has ended meanwhile.
+    fn new(process: u32) -> Option<Self> {
+        let pid = Pid::from_raw(i32::try_from(process).unwrap()).unwrap();
+        kill_process(pid, Signal::STOP).ok()?;
+        let stopped = Self(pid);
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let tasks = format!("/proc/{process}/task");
+            let states: String = names(Path::new(&tasks)).iter().filter_map(|thread| state(&tasks, thread)).collect();
+            if states.is_empty() || states.contains(['Z', 'X']) {
+                return None;
+            }
+            if states.chars().all(|state| state == 'T') {
+                return Some(stopped);
+            }
+            assert!(Instant::now() < deadline, "process {process} does not stop: {states}");
+            std::thread::yield_now();
+        }
+    }
+
+    /// Stops a process if something is still so when it stands.
+    pub fn while_at(process: u32, at_work: impl Fn() -> bool) -> Option<Self> {
+        if !at_work() {
+            return None;
+        }
+        Self::new(process).filter(|_| at_work())
+    }
+
+    /// Stops a daemon's worker, if it has one. Its work is undone then, whatever it has said: the daemon takes no
+    /// result before its worker has ended well.
+    pub fn worker(daemon: u32) -> Option<Self> {
+        worker_of(daemon).and_then(Self::new)
+    }
+
+    /// Ends the process where it stands.
+    pub fn kill(self) {
+        kill_process(self.0, Signal::KILL).unwrap();
+        std::mem::forget(self);
+    }
 }
 
-/// A child of a process, of whichever thread of it.
-fn worker_of(process: u32) -> Option<u32> {
-    let tasks = format!("/proc/{process}/task");
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        let _gone_already = kill_process(self.0, Signal::CONT);
+    }
+}
+
+/// The letter by which the kernel says what a thread does.
+fn state(tasks: &str, thread: &str) -> Option<char> {
+    let stat = fs::read_to_string(format!("{tasks}/{thread}/stat")).ok()?;
+    stat.rsplit_once(") ")?.1.chars().next()
+}
+
+/// A worker of a daemon, which it starts from whichever of its threads. One that has not become a worker yet still shares the
+/// daemon's files, its locks among them.
+fn worker_of(daemon: u32) -> Option<u32> {
+    let tasks = format!("/proc/{daemon}/task");
     let of_thread = |thread: String| fs::read_to_string(format!("{tasks}/{thread}/children")).unwrap_or_default();
     let all = names(Path::new(&tasks)).into_iter().map(of_thread).collect::<Vec<_>>().join(" ");
-    all.split_whitespace().next()?.parse().ok()
+    let is_worker = |pid: &u32| {
+        let words = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        words.split(|byte| *byte == 0).nth(1) == Some(ovms_bundle::worker::ARG.as_bytes())
+    };
+    all.split_whitespace().filter_map(|pid| pid.parse().ok()).find(is_worker)
 }
