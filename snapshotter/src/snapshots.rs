@@ -207,3 +207,98 @@ fn info(name: String, record: Record) -> Info {
         labels: record.labels.into_iter().collect(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::path::Path;
+    use std::time::{Duration, Instant};
+
+    use ovms_artifact::digest::Digest;
+    use ovms_config::Settings;
+
+    use super::*;
+
+    /// How long anything may take.
+    const PATIENCE: Duration = Duration::from_secs(30);
+
+    /// A service that has no containerd.
+    fn service(dir: &Path) -> SnapshotsService {
+        let mut settings = Settings::default();
+        settings.paths.containerd_socket = dir.join("none.sock");
+        settings.paths.runtime = dir.join("run");
+        SnapshotsService(Daemon::open(&dir.join("root"), settings).unwrap())
+    }
+
+    impl SnapshotsService {
+        /// Makes an active snapshot; nobody waits longer than [`PATIENCE`].
+        async fn prepared(&self, key: &str, parent: &str) -> Record {
+            let request = PrepareSnapshotRequest { key: key.into(), parent: parent.into(), ..Default::default() };
+            tokio::time::timeout(PATIENCE, self.prepare(Request::new(request))).await.expect("an answer").unwrap();
+            self.0.store.get(key).unwrap()
+        }
+
+        async fn committed(&self, name: &str, key: &str) {
+            let request = CommitSnapshotRequest { name: name.into(), key: key.into(), ..Default::default() };
+            tokio::time::timeout(PATIENCE, self.commit(Request::new(request))).await.expect("an answer").unwrap();
+        }
+
+        /// Writes what the walking differ leaves of a layer.
+        async fn walked(&self, key: &str, member: &str, content: &[u8]) -> Record {
+            let record = self.prepared(key, "").await;
+            let path = self.0.layout.fs(record.number).join(member);
+            fs::create_dir(path.parent().unwrap()).unwrap();
+            fs::write(path, content).unwrap();
+            record
+        }
+    }
+
+    async fn wait_for(what: &str, ready: impl Fn() -> bool) {
+        let deadline = Instant::now() + PATIENCE;
+        while !ready() {
+            assert!(Instant::now() < deadline, "{what} did not come");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn commit_and_prepare_answer_while_a_layer_waits_for_its_conversion() {
+        let dir = tempfile::tempdir().unwrap();
+        let service = service(dir.path());
+        let daemon = &service.0;
+        let number = service.walked("extract", "ovm/disk.raw", &[1; 4096]).await.number;
+        let held = daemon.keyed.lock(machine::unpack::key(number)).await;
+
+        service.committed("base", "extract").await;
+        let container = service.prepared("vm", "base").await;
+
+        let content = || daemon.store.get("base").unwrap().content;
+        assert_eq!(content(), Content::Machine(Layer::Unpacked));
+        assert_eq!(container.content, Content::Machine(Layer::Empty));
+        // The conversion it was that was held back: it goes on, and fails, since this program is no worker.
+        drop(held);
+        wait_for("the conversion", || matches!(content(), Content::Machine(Layer::Failed(_)))).await;
+    }
+
+    #[tokio::test]
+    async fn commit_and_prepare_answer_while_ram_waits_for_its_unpack() {
+        let dir = tempfile::tempdir().unwrap();
+        let service = service(dir.path());
+        let daemon = &service.0;
+        let ram = Digest::of(b"a RAM snapshot");
+        let manifest = format!(
+            r#"{{"schemaVersion":1,"mediaType":"application/vnd.ovms.manifest.v1+json","name":"test","version":"1","diskLayers":[{{"ref":"{ram}","format":"raw"}}],"ramSnapshot":{{"ref":"{ram}"}}}}"#
+        );
+        service.walked("extract", "ovm/manifest.json", manifest.as_bytes()).await;
+        let key = machine::ram::key(&ram.hex());
+        let held = daemon.keyed.lock(key.clone()).await;
+
+        service.committed("image", "extract").await;
+        // The work beside the pull has begun, and waits.
+        wait_for("the unpack", || daemon.store.held().unwrap().contains(&key)).await;
+        service.prepared("vm", "image").await;
+
+        assert_eq!(fs::read_dir(daemon.layout.ram()).unwrap().count(), 0);
+        drop(held);
+    }
+}

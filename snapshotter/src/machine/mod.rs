@@ -26,7 +26,7 @@ pub mod ram;
 mod resolve;
 mod resume;
 mod tops;
-mod unpack;
+pub mod unpack;
 
 use std::fs;
 use std::path::{Path, PathBuf};

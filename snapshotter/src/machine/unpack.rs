@@ -174,10 +174,15 @@ pub async fn finish(daemon: &Arc<Daemon>, number: u64, tell: Tell<'_>) -> Result
     one(daemon, number, tell).await
 }
 
+/// Name of the lock under which a snapshot's layer is converted.
+pub fn key(number: u64) -> String {
+    format!("convert {number}")
+}
+
 /// Converts one snapshot whose parents are ready.
 async fn one(daemon: &Arc<Daemon>, number: u64, tell: Tell<'_>) -> Result<()> {
     let work = Work::Layer(number);
-    let _alone = telling(daemon, &work, tell, daemon.keyed.lock(format!("convert {number}"))).await;
+    let _alone = telling(daemon, &work, tell, daemon.keyed.lock(key(number))).await;
     let Some(chain) = daemon.blocking(move |daemon| daemon.store.chain_of(number)).await? else {
         return Err(Error::not_found(format!("snapshot {number} is gone")));
     };
