@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
+import time
+from pathlib import Path
 
 from e2e.harness.bed import Bed
 from e2e.harness.case import case, check, contains
@@ -149,12 +152,13 @@ def memory_limit_is_the_guests_memory(bed: Bed) -> None:
 @case()
 def annotations_set_vcpus_and_memory(bed: Bed) -> None:
     """`io.ovms.vcpus`, `io.ovms.memory` and `io.ovms.kernel-args` reach the guest."""
-    image = bed.import_vm("cpus")
+    size = ("--annotation", "io.ovms.vcpus=2", "--annotation", "io.ovms.memory=192M")
 
-    done = bed.vm(image, "vm", "--rm", "--annotation", "io.ovms.vcpus=2", "--annotation", "io.ovms.memory=128M",
-                  "--annotation", "io.ovms.kernel-args=cpus=2")
+    # The bare-metal guest waits for as many processors as its argument says, and counts them.
+    done = bed.vm(bed.import_vm("cpus"), "vm", "--rm", *size, "--annotation", "io.ovms.kernel-args=cpus=2")
 
     contains(done.out, "cpus 2", "the guest's console")
+    _check_memory(bed, bed.vm(bed.import_vm("memory"), "vm", "--rm", *size).out, 192)
 
 
 @case(guests=("native",))
@@ -168,10 +172,13 @@ def cpu_quota_sets_the_vcpus(bed: Bed) -> None:
 @case(guests=("native",))
 def image_defaults_set_vcpus_and_memory(bed: Bed) -> None:
     """What `ovm build --vcpus --memory` wrote into the image is used when nobody says otherwise."""
-    layout = bed.dir / "sized"
-    bed.guests.build("memory", layout, name="sized", flags=("--vcpus", "1", "--memory", "320M"))
+    size = ("--vcpus", "3", "--memory", "320M")
+    memory, cpus = bed.dir / "memory", bed.dir / "cpus"
+    bed.guests.build("memory", memory, name="sized-memory", flags=size)
+    bed.guests.build("cpus", cpus, name="sized-cpus", extra_args="cpus=3", flags=size)
 
-    _check_memory(bed, bed.vm(bed.import_for_ovms(layout), "vm", "--rm").out, 320)
+    _check_memory(bed, bed.vm(bed.import_for_ovms(memory), "vm", "--rm").out, 320)
+    contains(bed.vm(bed.import_for_ovms(cpus), "vm", "--rm").out, "cpus 3", "the guest's console")
 
 
 @case(guests=("native",))
@@ -204,6 +211,75 @@ def read_only_root_is_a_read_only_disk(bed: Bed) -> None:
         contains(done.text, "features refused", "the guest's console")
     else:
         contains(done.text, "disk is read-only", "the guest's console")
+
+
+@case(guests=("native",))
+def the_vmm_of_a_read_only_machine_can_write_no_file(bed: Bed) -> None:
+    """With `--read-only` the VMM is given no file of the disk to write to; without it, its own top alone."""
+    image = bed.import_vm("wait")
+
+    for name, flags in (("writer", ()), ("reader", ("--read-only",))):
+        bed.detached("wait", name, *flags, image=image)
+        opened = _disk_files(bed, bed.containerd.task_pid(name))
+        check([path for path in opened if path.endswith("/layer/data")], f"{name} has no layer open: {opened}")
+        writable = sorted(path.rpartition("/s/")[2].partition("/")[2] for path, mode in opened.items() if mode != os.O_RDONLY)
+        check(writable == ([] if flags else ["top/data", "top/map"]), f"{name} may write to {writable}")
+
+
+def _disk_files(bed: Bed, pid: int) -> dict[str, int]:
+    """Files of the snapshotter that a process has open, and how."""
+    found = {}
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        if (path := os.readlink(entry)).startswith(str(bed.ovms.state)):
+            info = Path(f"/proc/{pid}/fdinfo/{entry.name}").read_text(encoding="ascii")
+            flags = next(int(line.split()[1], 8) for line in info.splitlines() if line.startswith("flags:"))
+            found[path] = flags & os.O_ACCMODE
+    return found
+
+
+@case(guests=("native",))
+def closed_input_loses_nothing(bed: Bed) -> None:
+    """Input that is closed right behind its last byte reaches the guest whole, and the machine goes on without any."""
+    image = bed.import_vm("talk")
+    text = "".join(f"line {number} of the input\n" for number in range(200))
+
+    with bed.vm_session(image, "vm", "--rm") as session:
+        session.send(text + "q")
+        session.close_input()
+        said = session.wait()
+
+    echoed = said.replace("\r\n", "\n")
+    contains(echoed, text, "what came back")
+    contains(echoed, "bye", "the guest's console")
+
+    with bed.vm_session(image, "vm2", "--rm") as session:
+        session.expect(bed.guests.ready("talk"))
+        session.send("half")
+        session.close_input()
+        session.expect("half")
+        bed.await_state("vm2", "RUNNING")
+        time.sleep(bed.patience / 30)
+        check(bed.containerd.tasks() == {"vm2": "RUNNING"}, f"without input: {bed.containerd.tasks()}")
+        bed.containerd.ctr("task", "kill", "-s", "SIGKILL", "vm2")
+        session.wait(status=137)
+
+
+@case(guests=("native",))
+def a_terminal_is_resized(bed: Bed) -> None:
+    """A client whose window changes its size is answered, and the conversation goes on."""
+    image = bed.import_vm("talk")
+
+    with bed.vm_session(image, "vm", "--rm", "-t") as session:
+        session.expect(bed.guests.ready("talk"))
+        for columns in (80, 132, 20):
+            session.resize(columns, 25)
+            session.send(f"width {columns}.")
+            session.expect(rf"width {columns}\.")
+        _talk(bed, session)
+        said = session.wait()
+
+    check("resize" not in said, f"the client complains: {said!r}")
+    check("resize" not in bed.containerd.log, "containerd complains")
 
 
 def _talk(bed: Bed, session: Session) -> None:

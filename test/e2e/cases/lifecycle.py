@@ -9,7 +9,7 @@ import signal
 import time
 from pathlib import Path
 
-from e2e.harness import process
+from e2e.harness import process, tally
 from e2e.harness.bed import Bed
 from e2e.harness.case import CaseSkipped, case, check, contains
 from e2e.harness.cgroups import memory_group
@@ -135,6 +135,26 @@ def events_come_in_order(bed: Bed) -> None:
 
         topics = re.findall(r"/tasks/(create|start|exit|delete)", events.text)
     check(topics == ["create", "start", "exit", "delete"], f"the events were {topics}")
+
+
+@case(guests=("native",))
+def events_of_pauses_and_checkpoints(bed: Bed) -> None:
+    """TaskPaused, TaskResumed and TaskCheckpointed are published in their order, those included that a checkpoint causes."""
+    image = bed.import_vm("tally")
+
+    with Session(bed.containerd.argv("events"), bed.ovms.env, tty=False, patience=bed.patience) as events:
+        time.sleep(bed.patience / 30)
+        console = tally.start(bed, image, "vm", *tally.SMALL)
+        bed.containerd.ctr("task", "pause", "vm")
+        bed.containerd.ctr("task", "resume", "vm")
+        # containerd's client pauses a task around its checkpoint.
+        bed.containerd.ctr("task", "checkpoint", "vm")
+        tally.end(bed, "vm", console)
+        events.expect("/tasks/delete")
+        topics = re.findall(r"/tasks/(\w+) ", events.text)
+
+    wanted = ["create", "start", "paused", "resumed", "paused", "checkpointed", "resumed", "exit", "delete"]
+    check(topics == wanted, f"the events were {topics}")
 
 
 @case()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import pty
 import re
 import select
 import signal
+import struct
 import subprocess
+import termios
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -97,6 +100,12 @@ class Session:
     def close_input(self) -> None:
         """Ends its input, where it is a pipe."""
         os.close(self._in)
+        # The number may be somebody else's from now on.
+        self._in = -1
+
+    def resize(self, columns: int, rows: int) -> None:
+        """Changes the size of its terminal, as a window that is dragged does."""
+        fcntl.ioctl(self._in, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
 
     def signal(self, number: signal.Signals) -> None:
         """Sends a signal to the command."""
@@ -117,7 +126,4 @@ class Session:
 
 
 def _take_terminal() -> None:
-    import fcntl
-    import termios
-
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
