@@ -6,6 +6,7 @@ import gzip
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from e2e.harness import oci, process
 from e2e.harness.bed import Bed
@@ -14,6 +15,11 @@ from e2e.harness.guests import DIFF_LINE
 from testbed import gotools
 
 _MANIFEST = "application/vnd.ovms.manifest.v1+json"
+#: Layers of the deepest disk.
+_DEPTH = 128
+#: Sector 0 of a raw disk, and its size in bytes.
+_RAW_LINE = "a raw disk, all by itself"
+_RAW_SIZE = 64 << 20
 
 
 @case()
@@ -80,9 +86,17 @@ def skopeo_in_and_out(bed: Bed) -> None:
     inside = bed.registry.push(bed.guests.layout("disk"), "vm:1")
     outside = bed.dir / "copied"
     process.run(["skopeo", "--insecure-policy", "copy", "--src-tls-verify=false", f"docker://{inside}", f"oci:{outside}:vm"], timeout=300)
-    manifest = _manifest_of(outside)
-    # Debian bookworm's skopeo (1.9) drops it; trixie's, in the nested host, keeps it.
-    check(not bed.guests.native or "artifactType" not in manifest, "skopeo has kept the artifactType, so this case proves nothing")
+    before, manifest = _manifest_of(bed.guests.layout("disk")), _manifest_of(outside)
+    layers = [layer for layer in _all_layers(manifest) if "image.layer" in layer["mediaType"]]
+    for layer in layers:
+        blob = (outside / "blobs/sha256" / layer["digest"].removeprefix("sha256:")).read_bytes()
+        check(layer["mediaType"] == oci.LAYER_GZIP and blob[:2] == b"\x1f\x8b", f"skopeo has not gzipped {layer}")
+    check(len(layers) == 3, f"there are {len(layers)} layers")
+    annotated = [layer for layer in _all_layers(before) if layer.get("annotations")]
+    check("artifactType" in before and annotated, f"there was nothing to drop: {before}")
+    # Debian bookworm's skopeo (1.9) drops them; trixie's, in the nested host, keeps them.
+    kept = [layer for layer in _all_layers(manifest) if layer.get("annotations")]
+    check(not bed.guests.native or ("artifactType" not in manifest and not kept), f"skopeo has kept what it is to drop: {manifest}")
 
     ref = bed.registry.push(outside, "vm:2")
     bed.containerd.ctr("images", "pull", "--plain-http", "--snapshotter", "ovms", ref)
@@ -134,16 +148,46 @@ def one_image_with_other_arguments(bed: Bed) -> None:
 
 @case(guests=("native",))
 def depth_of_many_layers(bed: Bed) -> None:
-    """A disk of forty layers is unpacked and read whole."""
+    """A disk of 128 layers is unpacked and read whole."""
     base, diff = bed.guests.disks
     parts = bed.guests.parts("disk")
-    disks = [flag for disk in [base, *[diff] * 39] for flag in ("--disk", str(disk))]
+    disks = [flag for disk in [base, *[diff] * (_DEPTH - 1)] for flag in ("--disk", str(disk))]
     layout = bed.dir / "deep"
     bed.ovms.ovm("build", "--kernel", parts.kernel, *disks, "--args", parts.args, "--name", "deep", "--version", "1", "-o", layout)
 
     image = bed.import_for_ovms(layout)
 
     contains(bed.vm(image, "vm", "--rm").out, DIFF_LINE, "the guest's console")
+
+
+@case(guests=("native",))
+def a_raw_disk_boots(bed: Bed) -> None:
+    """A sparse raw file as the disk's only layer, wrapped in a tar or bare: the guest reads it, and its holes stay holes."""
+    disk = bed.dir / "disk.raw"
+    with open(disk, "wb") as file:
+        file.write(_RAW_LINE.encode().ljust(512, b"\0"))
+        file.truncate(_RAW_SIZE)
+        file.seek(_RAW_SIZE - 512)
+        file.write(b"the last sector".ljust(512, b"\0"))
+    parts = bed.guests.parts("disk")
+    for name, flags in (("wrapped", ()), ("bare", ("--raw-layers",))):
+        layout = bed.dir / name
+        bed.ovms.ovm("build", "--kernel", parts.kernel, "--disk", disk, "--args", parts.args, "--name", name, "--version", "1",
+                     "--tag", f"localhost/{name}:1", *flags, "-o", layout)
+        blob = layout / "blobs/sha256" / _layers_of(layout)[0].removeprefix("sha256:")
+        if flags:
+            check(blob.stat().st_size == _RAW_SIZE, f"the bare layer has {blob.stat().st_size} bytes")
+        else:
+            contains(process.run(["tar", "-tf", blob]).out, "ovm/disk.raw\n", "the wrapped layer")
+
+        console = bed.vm(bed.import_for_ovms(layout), name, "--rm").out
+
+        contains(console, f"sector 0: {_RAW_LINE}", f"the console of the guest with a {name} disk")
+        contains(console, "disk good", f"the console of the guest with a {name} disk")
+        data = [path for path in bed.ovms.state.glob("s/*/layer/data") if path.stat().st_size == _RAW_SIZE]
+        check(data, f"no layer has the disk's {_RAW_SIZE} bytes")
+        used = max(path.stat().st_blocks * 512 for path in data)
+        check(0 < used <= 1 << 20, f"a layer of two sectors takes {used} bytes")
 
 
 @case(guests=("native",))
@@ -254,7 +298,11 @@ def _manifest_of(layout: Path) -> dict[str, object]:
     return manifest
 
 
-def _layers_of(layout: Path) -> list[str]:
-    layers = _manifest_of(layout)["layers"]
+def _all_layers(manifest: dict[str, object]) -> list[dict[str, Any]]:
+    layers = manifest["layers"]
     assert isinstance(layers, list)
-    return [layer["digest"] for layer in layers if "image.layer" in layer["mediaType"]]
+    return layers
+
+
+def _layers_of(layout: Path) -> list[str]:
+    return [layer["digest"] for layer in _all_layers(_manifest_of(layout)) if "image.layer" in layer["mediaType"]]
