@@ -263,6 +263,41 @@ def of_16_gib(bed: Bed) -> None:
     check(used < 256 << 20, f"the snapshotter's files take {used >> 20} MiB")
 
 
+def _resumed_by_ovm_run(bed: Bed, memory: str) -> None:
+    before = tally.stored_with_ram(bed, "ram:1", memory)
+
+    firsts = [tally.resume(bed, "ram:1") for _ in range(2)]
+
+    check(firsts[0] == firsts[1] >= before, f"they went on from {firsts}, the origin was at {before}")
+    sizes = [path.stat() for path in bed.ovms.state.glob("cache/ram/*/memory")]
+    check([found.st_size for found in sizes] == [_bytes(memory)], f"unpacked: {sizes}")
+    used = sum(path.stat().st_blocks * 512 for path in files.below(bed.ovms.state) if path.is_file())
+    check(used < 256 << 20, f"the files of ovm take {used >> 20} MiB")
+
+
+def _bytes(text: str) -> int:
+    """Bytes of a size like 2G."""
+    return int(text[:-1]) << {"M": 20, "G": 30}[text[-1]]
+
+
+@case(guests=("native",), containerds=())
+def ovm_run_of_128_mib(bed: Bed) -> None:
+    """`ovm run` resumes a machine of 128 MiB, twice from one count."""
+    _resumed_by_ovm_run(bed, "128M")
+
+
+@case(guests=("native",), containerds=())
+def ovm_run_of_2_gib(bed: Bed) -> None:
+    """The same of 2 GiB."""
+    _resumed_by_ovm_run(bed, "2G")
+
+
+@case(guests=("native",), containerds=(), seconds=120)
+def ovm_run_of_16_gib(bed: Bed) -> None:
+    """The same of 16 GiB, nearly all of it never touched: neither blob nor files grow with that."""
+    _resumed_by_ovm_run(bed, "16G")
+
+
 @case(guests=("native",), containerds=("containerd-2.4",), seconds=240)
 def a_hundred_clones_at_once(bed: Bed) -> None:
     """A hundred machines go on from one snapshot beside each other."""
