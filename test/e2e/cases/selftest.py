@@ -7,9 +7,9 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from e2e.harness import process, tally
+from e2e.harness import process, runner, tally
 from e2e.harness.bed import Bed
-from e2e.harness.case import CaseFailed, case, check, contains
+from e2e.harness.case import Case, CaseFailed, case, check, contains
 from e2e.harness.leftovers import Leftovers
 
 
@@ -128,6 +128,30 @@ def what_a_case_leaves_is_found(bed: Bed) -> None:
     by_descriptor = f"network namespace {namespace}, kept by /proc/self/fd/"
     check(len(still) == 1 and still[0].startswith(by_descriptor), f"found by its descriptor: {still}")
     check(not leftovers.find(0), f"nothing is left any more, but there is {leftovers.find(0)}")
+
+
+@case(vm=False, guests=("native",), containerds=())
+def what_does_not_run_is_in_the_report(_bed: Bed) -> None:
+    """Every case has an outcome for each place and release that was asked for: that of its run, or skipped with the reason."""
+    new, old = "containerd-2.4", "containerd-1.7"
+
+    def told(guests: tuple[str, ...], containerds: tuple[str, ...], place: str) -> tuple[list[str], dict[str, str]]:
+        runs, skipped = runner.plan(Case("x", lambda _: None, True, guests, containerds, 60), place, (new, old))
+        check(all(outcome.result == "skipped" and outcome.reason for outcome in skipped), f"skipped without a word: {skipped}")
+        return runs, {outcome.where: outcome.reason for outcome in skipped}
+
+    for guests, containerds, place, runs, skipped in (
+        (("native", "stock"), (new, old), "native", [new, old], {}),
+        (("native", "stock"), (new, old), "direct", [new, old], {}),
+        (("native", "stock"), (new, old), "nested", [new], {f"nested/{old}": "one release of containerd is enough there"}),
+        (("native",), (new,), "native", [new], {f"native/{old}": f"it is about {new}"}),
+        (("stock",), (old,), "nested", [old], {f"nested/{new}": f"it is about {old}"}),
+        (("native",), (new, old), "nested", [], {"nested": "its guests are bare-metal ones, which native runs"}),
+        (("stock",), (new, old), "native", [], {"native": "it needs an unmodified Debian: direct or nested"}),
+        (("native",), (), "native", [""], {}),
+    ):
+        found = told(guests, containerds, place)
+        check(found == (runs, skipped), f"{guests}, {containerds}, {place}: {found}")
 
 
 def _net(pid: int) -> str:

@@ -58,6 +58,10 @@ def run_everywhere(where: str, pattern: str, inside: bool, path: Path) -> list[O
         _make_what_is_missing(where)
     outcomes: list[Outcome] = []
     for place in places.chosen(where):
+        # The nested host is told what to run; the rest is known here.
+        if not inside:
+            outcomes += [outcome for case in wanted for outcome in plan(case, place, containerds())[1]]
+            records.write(outcomes, path)
         elsewhere = place == "nested" and not inside
         for outcome in _run_nested(wanted) if elsewhere else _run_here(wanted, place):
             outcomes.append(outcome)
@@ -82,7 +86,7 @@ def _make_what_is_missing(where: str) -> None:
 
 def _run_nested(wanted: list[Case]) -> Iterator[Outcome]:
     reason = places.unusable("nested")
-    relevant = [case for case in wanted if "stock" in case.guests]
+    relevant = [case for case in wanted if plan(case, "nested", containerds())[0]]
     if reason:
         for case in relevant:
             outcome = Outcome(case.name, "nested", "skipped", 0, reason)
@@ -142,6 +146,30 @@ def _with_complaint(outcome: Outcome, complaint: str) -> Outcome:
     return replace(outcome, reason=f"{emulator.MARK}the host's kernel says {complaint!r}; {outcome.reason}")
 
 
+def plan(case: Case, place: str, chosen: tuple[str, ...]) -> tuple[list[str], list[Outcome]]:
+    """Of the releases of containerd that were chosen those on which a case runs in a place, "" if it needs none, and an outcome for
+    each on which it does not, with the reason."""
+    kind = "native" if place == "native" else "stock"
+    if kind not in case.guests:
+        reason = {"stock": "its guests are bare-metal ones, which native runs", "native": "it needs an unmodified Debian: direct or nested"}
+        return [], [Outcome(case.name, place, "skipped", 0, reason[kind])]
+    if not case.containerds:
+        return [""], []
+    meant = case.releases(chosen)
+    # An emulated host is slow.
+    runs = list(meant[:1] if place == "nested" else meant)
+    skipped = []
+    for release in chosen:
+        if release not in runs:
+            reason = "one release of containerd is enough there" if release in meant else f"it is about {' and '.join(case.containerds)}"
+            skipped.append(Outcome(case.name, _where(place, release), "skipped", 0, reason))
+    return runs, skipped
+
+
+def _where(place: str, release: str) -> str:
+    return f"{place}/{release}" if release else place
+
+
 def _run_here(wanted: list[Case], place: str) -> Iterator[Outcome]:
     kind = "native" if place == "native" else "stock"
     reason = places.unusable(place)
@@ -149,12 +177,8 @@ def _run_here(wanted: list[Case], place: str) -> Iterator[Outcome]:
     guests = Guests(kind, SCRATCH[place])
     try:
         for case in wanted:
-            if kind not in case.guests:
-                continue
-            releases = case.releases(containerds()) if case.containerds else ("",)
-            # An emulated host is slow: one containerd there, all of them on this machine.
-            for release in releases[:1] if place == "nested" else releases:
-                where = f"{place}/{release}" if release else place
+            for release in plan(case, place, containerds())[0]:
+                where = _where(place, release)
                 if reason or (case.vm and no_kvm):
                     yield Outcome(case.name, where, "skipped", 0, reason or no_kvm)
                 else:
