@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 import shutil
 import tempfile
@@ -240,8 +239,7 @@ class Bed:
         shared = (*state.glob("s/*/layer/*"), *state.glob("blobs/*"), *state.glob("ram/[!.]*/*"))
         found = {}
         for path in sorted(path for path in shared if path.is_file() and path.name != "working-set"):
-            with path.open("rb") as file:
-                found[str(path.relative_to(state))] = hashlib.file_digest(file, "sha256").hexdigest()
+            found[str(path.relative_to(state))] = files.digest(path)
         for kind in ("data", "map", "table"):
             check([name for name in found if name.endswith(f"/layer/{kind}")], f"no {kind} of a layer is among the files {sorted(found)}")
         check(not ram or [name for name in found if name.endswith("/memory")], f"no memory is among the files {sorted(found)}")
