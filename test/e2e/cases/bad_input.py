@@ -78,7 +78,8 @@ def build_with_a_kernel_that_is_none(bed: Bed) -> None:
     """A text file as kernel is refused."""
     text = bed.dir / "kernel.txt"
     text.write_text("this is no kernel\n" * 1000, encoding="ascii")
-    _build_is_refused(bed, _manifest(bed, kernel={"ref": str(text), "args": ""}), "kernel")
+    sentence = f"{text} is not a kernel that can be booted: it is neither a bzImage nor an ELF file"
+    _build_is_refused(bed, _manifest(bed, kernel={"ref": str(text), "args": ""}), sentence)
 
 
 @case(vm=False, guests=("native",), containerds=())
@@ -93,7 +94,8 @@ def build_with_a_disk_that_is_no_qcow2(bed: Bed) -> None:
     """A file that is not the qcow2 it is said to be is refused."""
     text = bed.dir / "disk.txt"
     text.write_text("no disk\n" * 1000, encoding="ascii")
-    _build_is_refused(bed, _manifest(bed, diskLayers=[{"ref": str(text), "format": "qcow2", "size": 8000}]), "qcow2")
+    sentence = f"{text} cannot be a disk layer: it is given as qcow2, but it is no qcow2 file"
+    _build_is_refused(bed, _manifest(bed, diskLayers=[{"ref": str(text), "format": "qcow2", "size": 8000}]), sentence)
 
 
 @case(vm=False, guests=("native",), containerds=())
