@@ -1,6 +1,7 @@
 //! The owner of a machine: takes commands from the control socket and mail from processors and devices, one at a
 //! time, and answers each command once it is done.
 
+mod slow;
 mod snapshot;
 
 use std::io;
@@ -18,6 +19,7 @@ use crate::snapshot::Snapshots;
 use crate::timeline::Recorder;
 use crate::transition::{self, Action, Input, Refused};
 use crate::wiring::FreezeError;
+use slow::{Slow, TICK};
 use snapshot::{Current, SnapshotFailure};
 
 /// How long a guest's last console output may take to be written, when nobody reads it.
@@ -44,6 +46,8 @@ pub struct Owner {
     timeline: Recorder,
     /// The snapshot that is being taken.
     current: Option<Current>,
+    /// What waits for a disk.
+    slow: Slow,
     /// The guest is gone for this reason, and its snapshot may be completed until then.
     ending: Option<(ExitReason, Instant)>,
 }
@@ -52,14 +56,16 @@ impl Owner {
     /// Takes over `machine`, whose processors stand.
     pub fn new(channel: Channel, mailbox: Mailbox, machine: Machine, snapshots: Snapshots, timeline: Recorder) -> Self {
         let state = MachineState::Configured;
-        Self { channel, mailbox, machine, snapshots, state, timeline, current: None, ending: None }
+        let slow = Slow::default();
+        Self { channel, mailbox, machine, snapshots, state, timeline, current: None, slow, ending: None }
     }
 
     /// Serves commands until the guest is gone or the engine is. All that the guest has said is written by then.
     pub fn run(&mut self) -> ExitReason {
         loop {
             let deadline = self.ending.as_ref().map(|(_, deadline)| *deadline);
-            let ready = match wait(&self.channel, &self.mailbox, deadline) {
+            let look = self.slow.is_holding().then(|| Instant::now() + TICK);
+            let ready = match wait(&self.channel, &self.mailbox, [deadline, look].into_iter().flatten().min()) {
                 Ok(ready) => ready,
                 Err(err) => return ExitReason::Fault { message: format!("the owner cannot wait: {err}") },
             };
@@ -76,20 +82,29 @@ impl Owner {
                 }
             }
             if ready.command {
-                match self.channel.recv::<Request>() {
-                    Ok((request, fds)) => {
-                        let killed = request.command == Command::Kill;
-                        self.answer(request, fds);
-                        if killed {
-                            return self.kill();
-                        }
-                    }
-                    Err(ChannelError::Decode(err)) => tracing::warn!(%err, "a command cannot be read"),
-                    // The engine is gone, and with it whoever wants this machine.
-                    Err(_) => return ExitReason::Killed,
+                match self.take_command() {
+                    Served::Goes => {}
+                    Served::Killed => return self.kill(),
+                    Served::Alone => return ExitReason::Killed,
                 }
             }
+            self.look_after_devices();
         }
+    }
+
+    fn take_command(&mut self) -> Served {
+        match self.channel.recv::<Request>() {
+            Ok((request, fds)) => {
+                let killed = request.command == Command::Kill;
+                self.answer(request, fds);
+                if killed {
+                    return Served::Killed;
+                }
+            }
+            Err(ChannelError::Decode(err)) => tracing::warn!(%err, "a command cannot be read"),
+            Err(_) => return Served::Alone,
+        }
+        Served::Goes
     }
 
     /// Gives the reason to end, if there is one.
@@ -124,8 +139,11 @@ impl Owner {
     fn apply(&mut self, id: u64, command: &Command, fds: Vec<OwnedFd>) -> Result<Option<Answer>, CommandError> {
         match command {
             Command::Run => self.transit(Input::Run)?,
-            Command::Pause => self.transit(Input::Pause)?,
-            Command::Resume => self.transit(Input::Resume)?,
+            Command::Pause => return self.pause(id),
+            Command::Resume => {
+                self.transit(Input::Resume)?;
+                self.give_up_pauses(&Refused::GoesOn);
+            }
             Command::PowerButton => {
                 self.transit(Input::Tell)?;
                 self.machine.devices().pm.press_power_button();
@@ -139,9 +157,8 @@ impl Owner {
                 self.machine.devices().virtio_console.resize(*columns, *rows);
             }
             Command::FreezeDisk { disk } => {
-                self.transit(Input::Tell)?;
-                self.refuse_during_snapshot()?;
-                self.machine.devices().freeze_disk(*disk, fds)?;
+                self.freeze_disk(id, *disk, fds)?;
+                return Ok(None);
             }
             Command::Snapshot(command) => {
                 self.begin_snapshot(id, command, fds)?;
@@ -173,12 +190,17 @@ impl Owner {
             state: self.state,
             balloon_bytes: self.machine.devices().balloon.actual(),
             exits: self.machine.exits(),
+            owes: self.current.is_some() || self.slow.is_any(),
         }
     }
 
     /// The guest is gone: what it said is written before the engine hears of it.
     fn end(&mut self, reason: ExitReason) -> ExitReason {
         self.state = MachineState::Exited;
+        self.machine.stop();
+        if !self.flush_disks() {
+            return self.kill();
+        }
         self.machine.finish(Instant::now() + CONSOLE_DEADLINE);
         if self.mailbox.take().contains(&Mail::WorkingSetRecorded) {
             self.say(&FromVmm::Event(Event::WorkingSetRecorded));
@@ -200,6 +222,17 @@ impl Owner {
             tracing::debug!(%err, "the engine does not listen");
         }
     }
+}
+
+/// What comes of a command.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Served {
+    /// It is answered or will be.
+    Goes,
+    /// It ends the machine.
+    Killed,
+    /// There is none: the engine is gone, and with it whoever wants this machine.
+    Alone,
 }
 
 struct Ready {

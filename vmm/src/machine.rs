@@ -194,16 +194,15 @@ impl Machine {
 
     /// Lets the processors go, devices first.
     pub fn open(&self) {
-        if self.paused.swap(false, Ordering::Relaxed) {
-            self.devices.resume();
-        }
+        self.release_devices();
         if let Some(watch) = &self.working_set {
             watch.began();
         }
         self.shared.gate.set(Wanted::Run);
     }
 
-    /// Stops the processors, then the devices. `false`: the guest was gone before.
+    /// Stops the processors; the devices must stand ([`Machine::hold_devices`]), or a processor may wait for a disk.
+    /// `false`: the guest was gone before.
     pub fn close(&self) -> bool {
         self.shared.gate.set(Wanted::Stand);
         self.kick();
@@ -211,25 +210,36 @@ impl Machine {
         if self.shared.gate.wanted() != Wanted::Stand {
             return false;
         }
-        self.hold_devices();
         if let Some(watch) = &self.working_set {
             watch.stopped();
         }
         true
     }
 
-    /// Stops the devices while the processors go on, so that these need not stand until a disk has answered. Until
-    /// [`Machine::open`].
-    pub fn hold_devices(&self) {
-        if !self.paused.swap(true, Ordering::Relaxed) {
-            self.devices.pause();
+    /// Begins to stop the devices while the processors go on, so that these need not stand until a disk has answered, and
+    /// waits until `until` for that; whether they stand. Until [`Machine::open`] or [`Machine::release_devices`].
+    pub fn hold_devices(&self, until: Instant) -> bool {
+        self.paused.store(true, Ordering::Relaxed);
+        self.devices.hold(until)
+    }
+
+    /// Lets the devices go on.
+    pub fn release_devices(&self) {
+        if self.paused.swap(false, Ordering::Relaxed) {
+            self.devices.resume();
         }
     }
 
-    /// Ends the processors for good and writes out what the guest has left behind, at the latest until `deadline`.
-    pub fn finish(&self, deadline: Instant) {
+    /// Ends the processors for good.
+    pub fn stop(&self) {
         self.shared.gate.set(Wanted::Finish);
         self.kick();
+        // What the guest asked for before it ended is still done.
+        self.release_devices();
+    }
+
+    /// Writes out what the guest has left behind on its console, at the latest until `deadline`.
+    pub fn finish(&self, deadline: Instant) {
         self.devices.finish(deadline);
         if let Some(watch) = &self.working_set {
             watch.finish();

@@ -45,6 +45,9 @@ pub enum Refused {
     /// `Resume` and the like before `Run`.
     #[error("the machine has not been started")]
     NotStarted,
+    /// `Pause` when `Resume` came before it was done.
+    #[error("the machine was told to go on before it stood still")]
+    GoesOn,
     /// Anything after the end.
     #[error("the guest is gone")]
     Gone,

@@ -87,8 +87,9 @@ pub struct MachineStatus {
     pub exit: Option<ExitInfo>,
 }
 
-/// A handle to a machine; clones are handles to the same one. Every method may be called from any thread; those that
-/// wait for the VMM give up after a bounded time, and a VMM that does not answer is killed.
+/// A handle to a machine; clones are handles to the same one. Every method may be called from any thread. Those that
+/// wait for the VMM wait as long as it says that a disk or a snapshot keeps it; a VMM that gives no answer is killed after
+/// a bounded time. [`Machine::kill`] ends every wait.
 #[derive(Clone, Debug)]
 pub struct Machine {
     pub(crate) inner: Arc<Inner>,
@@ -338,12 +339,41 @@ impl Machine {
 
     /// As [`Machine::request`], with descriptors beside the command.
     pub(crate) fn request_with(&self, command: Command, fds: &[BorrowedFd<'_>]) -> Result<Answer> {
+        self.ask(&command, fds)?.map_err(refusal)
+    }
+
+    /// As [`Machine::request_with`], but gives a refusal back as an answer.
+    pub(crate) fn ask(&self, command: &Command, fds: &[BorrowedFd<'_>]) -> Result<std::result::Result<Answer, String>> {
+        let id = self.send(command, fds)?;
+        self.answer(id, command)?.ok_or_else(|| gone(&self.inner))
+    }
+
+    /// Waits for the answer to a request; `None`: the machine is gone. A slow disk may hold the answer up for as long as the
+    /// VMM says, each time it is asked, that it still owes some. One that does not answer that either, or has forgotten
+    /// the request, is killed.
+    pub(crate) fn answer(&self, id: u64, command: &Command) -> Result<Option<std::result::Result<Answer, String>>> {
         let inner = &self.inner;
-        let id = self.send(&command, fds)?;
+        loop {
+            if let Some(answer) = inner.wait_for(inner.patience.answer, |shared| answer_to(shared, id)) {
+                return Ok(answer);
+            }
+            if !self.owes(command)? {
+                // The VMM answers in order.
+                let answer = inner.wait_for(Duration::ZERO, |shared| answer_to(shared, id));
+                return answer.ok_or_else(|| hung(inner, command));
+            }
+            tracing::warn!(id = inner.id, ?command, "the VMM waits for a disk or a snapshot, and is waited for");
+        }
+    }
+
+    /// Whether the VMM, from which an answer to `command` is missing, says that it still owes some.
+    fn owes(&self, command: &Command) -> Result<bool> {
+        let inner = &self.inner;
+        let id = self.send(&Command::Status, &[])?;
         match inner.wait_for(inner.patience.answer, |shared| answer_to(shared, id)) {
-            Some(Some(answer)) => answer.map_err(refusal),
-            Some(None) => Err(gone(inner)),
-            None => Err(hung(inner, &command)),
+            Some(Some(Ok(Answer::Status(status)))) => Ok(status.owes),
+            Some(_) => Ok(false),
+            None => Err(hung(inner, command)),
         }
     }
 

@@ -7,7 +7,7 @@
 //! ```
 //! Whatever fails, the machine goes on, the directory is empty again, and the bundle's record says what is frozen.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -20,7 +20,7 @@ use ovms_state::Blob;
 
 use crate::error::{Error, Kind, Result};
 use crate::launch::bundle_kind;
-use crate::machine::{answer_to, gone, hung, refusal, Machine, State};
+use crate::machine::{answer_to, gone, refusal, Machine, State};
 use crate::shared::{Inner, Shared};
 
 /// How often somebody who waits looks whether he is still wanted.
@@ -220,14 +220,10 @@ impl Taking<'_> {
     /// Has the VMM give the snapshot up, and waits until it has.
     fn give_up(&mut self, id: u64) {
         let (machine, inner) = (self.machine, &self.machine.inner);
-        let over = machine.request(Command::CancelSnapshot).and_then(|_| {
-            match inner.wait_for(inner.patience.answer, |shared| answer_to(shared, id)) {
-                Some(answer) => Ok(answer.is_some()),
-                None => Err(hung(inner, &Command::CancelSnapshot)),
-            }
-        });
+        let cancel = Command::CancelSnapshot;
+        let over = machine.request(cancel.clone()).and_then(|_| machine.answer(id, &cancel));
         match over {
-            Ok(answered) => self.settled = answered,
+            Ok(answer) => self.settled = answer.is_some(),
             Err(err) => tracing::warn!(id = inner.id, err = err.chain(), "a snapshot could not be cancelled"),
         }
     }
@@ -261,19 +257,6 @@ impl Taking<'_> {
         let machine = format!("{}/{}", inner.namespace, inner.id);
         let (image, manifest) = (record.image, record.manifest);
         Ok(SnapshotRecord { version: SNAPSHOT_VERSION, machine, image, manifest, ram, disk })
-    }
-}
-
-impl Machine {
-    /// Sends a command and waits for its answer, whichever that is.
-    fn ask(&self, command: &Command, fds: &[BorrowedFd<'_>]) -> Result<std::result::Result<Answer, String>> {
-        let inner = &self.inner;
-        let id = self.send(command, fds)?;
-        match inner.wait_for(inner.patience.answer, |shared| answer_to(shared, id)) {
-            Some(Some(answer)) => Ok(answer),
-            Some(None) => Err(gone(inner)),
-            None => Err(hung(inner, command)),
-        }
     }
 }
 

@@ -22,7 +22,8 @@ pub struct Request {
 pub enum Command {
     /// Start the vCPUs of a machine that was configured.
     Run,
-    /// Stop all vCPUs; answered when the last one stands still. No change if they already do.
+    /// Stop all vCPUs; answered when the last one stands still, which takes as long as a disk needs for what is in flight
+    /// there. Other commands are answered meanwhile; [`Command::Resume`] gives it up. No change if they already do.
     Pause,
     /// Let the vCPUs go on. No change if they run.
     Resume,
@@ -41,7 +42,7 @@ pub enum Command {
         rows: u16,
     },
     /// Drain and flush disk `disk`, freeze its top and go on with a fresh one stacked on it. Two file descriptors
-    /// come beside the packet: data and map of the new top, both empty.
+    /// come beside the packet: data and map of the new top, both empty. Other commands are answered meanwhile.
     FreezeDisk {
         /// Index into `VmConfig::disks`.
         disk: u32,
@@ -150,6 +151,9 @@ pub struct Status {
     pub balloon_bytes: u64,
     /// Guest exits to the VMM since start, all vCPUs together.
     pub exits: u64,
+    /// Requests that came before have no answer yet, since a disk is waited for or a snapshot is being taken: the VMM has
+    /// not forgotten them.
+    pub owes: bool,
 }
 
 /// The states of a machine within its VMM.

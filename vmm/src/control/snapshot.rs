@@ -33,6 +33,8 @@ const COMPLETION: Duration = Duration::from_secs(20);
 pub(super) enum SnapshotFailure {
     #[error("another snapshot of the machine is being taken")]
     Another,
+    #[error("a disk of the machine is being frozen")]
+    Freezing,
     #[error("the file for the blob must come with the command")]
     NoFile,
     #[error("the machine was not restored from a RAM snapshot, so there is no parent to be a diff on")]
@@ -90,6 +92,9 @@ impl Owner {
         if self.current.is_some() {
             return Err(SnapshotFailure::Another);
         }
+        if self.slow.is_freezing() {
+            return Err(SnapshotFailure::Freezing);
+        }
         if command.parent.is_some() && !self.snapshots.has_parent() {
             return Err(SnapshotFailure::NoParent);
         }
@@ -120,10 +125,11 @@ impl Owner {
     }
 
     /// # Errors
-    /// A snapshot is being taken.
+    /// A snapshot is being taken, or a disk is being frozen.
     pub(super) fn refuse_during_snapshot(&self) -> Result<(), CommandError> {
         match self.current {
             Some(_) => Err(CommandError::Snapshot(SnapshotFailure::Another)),
+            None if self.slow.is_freezing() => Err(CommandError::Snapshot(SnapshotFailure::Freezing)),
             None => Ok(()),
         }
     }
@@ -133,9 +139,12 @@ impl Owner {
         match notice {
             Notice::Ready => self.instant(),
             Notice::Copied => self.stand_no_more(),
+            Notice::Frozen(result) => self.frozen(result),
+            Notice::Flushed => self.flushed(),
             Notice::Done(result) => {
                 self.stand_no_more();
                 let current = self.current.take()?;
+                self.forget_instant();
                 let stood_micros = current.stood_micros();
                 let result = match current.failure {
                     Some(failure) => Err(failure),
@@ -153,9 +162,12 @@ impl Owner {
     }
 
     /// The instant: devices idle, processors stand, memory is held, the state saved, the tops frozen.
-    fn instant(&mut self) {
+    pub(super) fn instant(&mut self) {
         let Some(mut current) = self.current.take() else { return };
-        if !current.taking.is_cancelled() {
+        if current.taking.is_cancelled() {
+            self.forget_instant();
+        // What is in flight is completed while the guest goes on.
+        } else if self.hold_for_instant() {
             self.perform(&mut current);
         }
         self.current = Some(current);
@@ -163,8 +175,6 @@ impl Owner {
 
     fn perform(&mut self, current: &mut Current) {
         let ran = self.state == MachineState::Running;
-        // What is in flight is completed while the guest goes on.
-        self.machine.hold_devices();
         let since = Instant::now();
         if ran && !self.machine.close() {
             // The guest is gone; its mail comes next, and ends the snapshot.

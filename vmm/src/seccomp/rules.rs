@@ -40,15 +40,10 @@ const MAIN: &[i64] = &[
     libc::SYS_recvmsg,
     libc::SYS_sendmsg,
     libc::SYS_tgkill,
-    // Reading kernel and initrd; freezing and flushing disks.
+    // Reading kernel and initrd; opening the new tops of a snapshot. Whatever waits for a disk is on other threads.
     libc::SYS_lseek,
-    libc::SYS_fallocate,
-    libc::SYS_fdatasync,
     libc::SYS_fstat,
-    libc::SYS_ftruncate,
     libc::SYS_pread64,
-    libc::SYS_pwrite64,
-    libc::SYS_pwritev,
     libc::SYS_statx,
 ];
 
@@ -70,7 +65,7 @@ const BLOCK: &[i64] = &[
 /// Console input and output, entropy, and memory given back by the balloon.
 const CONSOLE: &[i64] = &[libc::SYS_fallocate, libc::SYS_getrandom, libc::SYS_poll, libc::SYS_statx];
 
-/// The page table, the blob and the disks' tops (see `ovms_state::SnapshotWriter`, `ovms_disk::Stack`).
+/// The page table, the blob and the disks' tops, which it also freezes and flushes (see `ovms_state::SnapshotWriter`, `ovms_disk::Stack`).
 const SNAPSHOT: &[i64] = &[
     libc::SYS_copy_file_range,
     libc::SYS_fallocate,

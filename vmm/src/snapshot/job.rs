@@ -7,7 +7,7 @@ use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::AtomicBool;
 use std::sync::{mpsc, Arc};
 
-use ovms_disk::Stack;
+use ovms_disk::{Stack, TopFiles};
 use ovms_proto::control::SnapshotReport;
 use ovms_state::{Fingerprint, Section, SnapshotWriter, CHUNK};
 
@@ -18,6 +18,7 @@ use super::tracker::{Held, Host, Tracker};
 use super::{Notice, TakeError};
 use crate::mailbox::{Mail, Sender};
 use crate::report;
+use crate::wiring::FreezeError;
 
 /// What the owner hands over at the instant.
 pub(super) struct Taken {
@@ -39,6 +40,13 @@ pub(super) struct Job {
     pub cancelled: Arc<AtomicBool>,
 }
 
+/// What the thread is told to do.
+pub(super) enum Work {
+    Take(Box<Job>),
+    Freeze(Arc<Stack>, TopFiles),
+    Flush(Vec<Arc<Stack>>),
+}
+
 /// The thread's own.
 pub(super) struct Taker {
     pub crew: Crew,
@@ -48,13 +56,27 @@ pub(super) struct Taker {
 
 impl Taker {
     /// Serves until nobody can ask any more.
-    pub(super) fn serve(&self, jobs: &mpsc::Receiver<Job>) {
-        while let Ok(job) = jobs.recv() {
-            let tracker = Arc::clone(&job.tracker);
-            let result = catch_unwind(AssertUnwindSafe(|| self.take(job))).unwrap_or(Err(TakeError::Panicked));
-            tracker.end();
-            let result = result.map_err(|err| report::chain(&err));
-            self.tell(Notice::Done(result));
+    pub(super) fn serve(&self, jobs: &mpsc::Receiver<Work>) {
+        while let Ok(work) = jobs.recv() {
+            match work {
+                Work::Take(job) => {
+                    let tracker = Arc::clone(&job.tracker);
+                    let result = guarded(|| self.take(*job));
+                    tracker.end();
+                    self.tell(Notice::Done(result));
+                }
+                Work::Freeze(disk, top) => {
+                    self.tell(Notice::Frozen(guarded(|| disk.freeze(top).map_err(FreezeError::from))));
+                }
+                Work::Flush(disks) => {
+                    for disk in disks.iter().filter(|disk| !disk.is_read_only()) {
+                        if let Err(err) = guarded(|| disk.flush().map_err(TakeError::from)) {
+                            tracing::error!("{err}");
+                        }
+                    }
+                    self.tell(Notice::Flushed);
+                }
+            }
         }
     }
 
@@ -148,6 +170,14 @@ impl Taker {
             busy = busy.saturating_sub(self.crew.finished());
         }
         Ok(())
+    }
+}
+
+/// Does `work`; whatever comes of it, the thread lives.
+fn guarded<T, E: std::error::Error + 'static>(work: impl FnOnce() -> Result<T, E>) -> Result<T, String> {
+    match catch_unwind(AssertUnwindSafe(work)) {
+        Ok(result) => result.map_err(|err| report::chain(&err)),
+        Err(_) => Err(report::chain(&TakeError::Panicked)),
     }
 }
 

@@ -34,7 +34,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{mpsc, Arc};
 use std::thread::Builder;
 
-use ovms_disk::Stack;
+use ovms_disk::{Stack, TopFiles};
 use ovms_proto::control::SnapshotReport;
 use ovms_state::{Fingerprint, Section};
 use thiserror::Error;
@@ -44,7 +44,7 @@ use crate::kvm::Vm;
 use crate::mailbox::Sender;
 use crate::memory::Ram;
 use crew::Crew;
-use job::{Job, Taken, Taker};
+use job::{Job, Taken, Taker, Work};
 use log::LogError;
 use tracker::Tracker;
 
@@ -81,7 +81,7 @@ pub enum TakeError {
     #[error("the guest's writes cannot be held back")]
     Barrier(#[source] io::Error),
     /// A defect of ours.
-    #[error("a thread that takes the snapshot panicked")]
+    #[error("the thread that takes snapshots panicked")]
     Panicked,
 }
 
@@ -94,6 +94,10 @@ pub enum Notice {
     Copied,
     /// It is over; the owner fills in how long the guest stood.
     Done(Result<SnapshotReport, String>),
+    /// The disk of [`Snapshots::freeze`] is frozen, or is as it was.
+    Frozen(Result<(), String>),
+    /// The disks of [`Snapshots::flush`] are flushed, as far as they can be.
+    Flushed,
 }
 
 /// What a snapshot is to be made of.
@@ -110,7 +114,7 @@ pub struct Order {
 
 /// Takes snapshots of one machine.
 pub struct Snapshots {
-    jobs: mpsc::Sender<Job>,
+    jobs: mpsc::Sender<Work>,
     ready: mpsc::Receiver<io::Result<()>>,
     vm: Arc<Vm>,
     ram: Ram,
@@ -178,8 +182,18 @@ impl Snapshots {
             cancelled: Arc::clone(&cancelled),
         };
         // The thread lives as long as the process; were it gone, nobody would ever be ready.
-        let _ = self.jobs.send(job);
+        let _ = self.jobs.send(Work::Take(Box::new(job)));
         Taking { tracker, taken: Some(taken), cancelled }
+    }
+
+    /// Freezes a disk, after all that was begun before; [`Notice::Frozen`] tells. Here, since its thread may wait.
+    pub fn freeze(&self, disk: Arc<Stack>, top: TopFiles) {
+        let _ = self.jobs.send(Work::Freeze(disk, top));
+    }
+
+    /// Flushes the disks that the guest may write, after all that was begun before; [`Notice::Flushed`] tells.
+    pub fn flush(&self, disks: Vec<Arc<Stack>>) {
+        let _ = self.jobs.send(Work::Flush(disks));
     }
 }
 

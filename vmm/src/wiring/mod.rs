@@ -23,7 +23,7 @@ use ovms_devices::threads::Spawner;
 use ovms_devices::virtio::balloon::Balloon;
 use ovms_devices::virtio::console::Console;
 use ovms_devices::virtio::pci::{TransportError, VirtioPci};
-use ovms_disk::{NextTop, Stack};
+use ovms_disk::{NextTop, Stack, TopFiles};
 use ovms_state::{Section, StateError};
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
@@ -205,15 +205,14 @@ impl Devices {
         })
     }
 
-    /// Stops what devices do by themselves: the processors stand already.
-    pub fn pause(&self) {
+    /// Begins to stop what devices do by themselves, and waits until `until` for it; whether they stand.
+    pub fn hold(&self, until: Instant) -> bool {
         self.input.hold();
-        for function in &self.functions {
-            function.pause();
-        }
+        // Every one is asked, whichever keeps the others waiting.
+        self.functions.iter().filter(|function| !function.hold(until)).count() == 0
     }
 
-    /// Ends a [`Devices::pause`].
+    /// Ends a [`Devices::hold`].
     pub fn resume(&self) {
         for function in &self.functions {
             function.resume();
@@ -254,15 +253,14 @@ impl Devices {
         Ok(())
     }
 
-    /// Freezes the top of disk `index` and goes on with a new one, whose data and map are `fds`. What the guest has
-    /// in flight is completed first.
+    /// Disk `index` and its new top, whose data and map are `fds`, for [`Stack::freeze`].
     ///
     /// # Errors
-    /// [`FreezeError`]; the old top then stays in use.
-    pub fn freeze_disk(&self, index: u32, fds: Vec<OwnedFd>) -> Result<(), FreezeError> {
+    /// [`FreezeError`].
+    pub fn disk_to_freeze(&self, index: u32, fds: Vec<OwnedFd>) -> Result<(Arc<Stack>, TopFiles), FreezeError> {
         let disk = self.disks.get(index as usize).ok_or(FreezeError::NoDisk(index))?;
         let top = virtio::new_top(fds).ok_or(FreezeError::NoTop)?;
-        Ok(disk.freeze(top)?)
+        Ok((Arc::clone(disk), top))
     }
 
     /// Opens new tops for all disks that the guest may write, in order; `fds` are data and map of each. To be stacked by
@@ -285,13 +283,8 @@ impl Devices {
         }
     }
 
-    /// The guest is gone: writes out what it has left behind, at the latest until `deadline`.
+    /// The guest is gone: writes out what it has said, at the latest until `deadline`.
     pub fn finish(&self, deadline: Instant) {
-        for (index, disk) in self.disks.iter().enumerate().filter(|(_, disk)| !disk.is_read_only()) {
-            if let Err(err) = disk.flush() {
-                tracing::error!(index, "{}", crate::report::chain(&err));
-            }
-        }
         if let Some(writer) = &self.writer {
             let lost = writer.flush_and_close(deadline);
             if lost > 0 {

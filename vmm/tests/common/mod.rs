@@ -435,8 +435,53 @@ pub fn run(setup: Setup) -> (ExitReason, String, i32) {
     vmm.end()
 }
 
+/// A file system of its own, which can be stopped: who writes to it then waits until it goes on.
+pub struct Stoppable {
+    dir: tempfile::TempDir,
+}
+
+impl Stoppable {
+    pub fn new() -> Self {
+        let this = Self { dir: tempfile::tempdir().unwrap() };
+        let image = tempfile::NamedTempFile::new().unwrap();
+        image.as_file().set_len(64 << 20).unwrap();
+        tool("mkfs.ext4", &["-q", image.path().to_str().unwrap()]);
+        // The mount holds the loop device, which holds the file.
+        tool("mount", &["-o", "loop", image.path().to_str().unwrap(), this.path()]);
+        this
+    }
+
+    pub fn path(&self) -> &str {
+        self.dir.path().to_str().unwrap()
+    }
+
+    pub fn stop(&self) {
+        tool("fsfreeze", &["-f", self.path()]);
+    }
+
+    pub fn go_on(&self) {
+        tool("fsfreeze", &["-u", self.path()]);
+    }
+}
+
+impl Drop for Stoppable {
+    fn drop(&mut self) {
+        let quietly = |program: &str, args: &[&str]| {
+            let _ = Process::new(program).args(args).stderr(Stdio::null()).status();
+        };
+        quietly("fsfreeze", &["-u", self.path()]);
+        quietly("umount", &["-l", self.path()]);
+    }
+}
+
+fn tool(program: &str, args: &[&str]) {
+    let status = Process::new(program).args(args).status().unwrap_or_else(|err| panic!("{program}: {err}"));
+    assert!(status.success(), "{program} {args:?}: {status}");
+}
+
 /// A disk without layers: reads as zeroes where nothing was written. Its tops, oldest first.
 pub struct Disk {
+    dir: PathBuf,
     size: u64,
     table: File,
     tops: Vec<[File; 2]>,
@@ -444,9 +489,14 @@ pub struct Disk {
 
 impl Disk {
     pub fn new(size: u64) -> Self {
+        Self::new_in(std::env::temp_dir(), size)
+    }
+
+    /// A disk whose tops lie in a directory.
+    pub fn new_in(dir: impl Into<PathBuf>, size: u64) -> Self {
         let table = tempfile::tempfile().unwrap();
         Table::empty(size).unwrap().write_to(&table).unwrap();
-        let mut disk = Self { size, table, tops: Vec::new() };
+        let mut disk = Self { dir: dir.into(), size, table, tops: Vec::new() };
         disk.add_top();
         disk
     }
@@ -463,7 +513,7 @@ impl Disk {
 
     /// Makes another top; gives its data and map.
     pub fn add_top(&mut self) -> [File; 2] {
-        let files = [(); 2].map(|()| tempfile::tempfile().unwrap());
+        let files = [(); 2].map(|()| tempfile::tempfile_in(&self.dir).unwrap());
         Top::create(&files[0], &files[1], self.size).unwrap();
         self.tops.push(files);
         self.top(self.tops.len() - 1)
@@ -487,7 +537,7 @@ impl Disk {
     /// A disk like this one without its last top, and an empty one in its place.
     pub fn fork(&self) -> Self {
         let table = self.table.try_clone().unwrap();
-        let mut fork = Self { size: self.size, table, tops: Vec::new() };
+        let mut fork = Self { dir: self.dir.clone(), size: self.size, table, tops: Vec::new() };
         fork.tops.extend((0..self.tops.len() - 1).map(|index| self.top(index)));
         fork.add_top();
         fork

@@ -26,6 +26,7 @@ pub mod rng;
 mod worker;
 
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use ovms_state::Persist;
 use thiserror::Error;
@@ -131,6 +132,11 @@ pub trait VirtioDevice: Persist + Send + Sync {
     /// the used rings, and guest memory is not touched any more. Returns the progress of each active queue. A paused
     /// device may be paused again. An inactive one may be paused too: activated, it then waits for the resume.
     fn pause(&self) -> Vec<QueueProgress>;
+
+    /// Begins a pause and waits for it until `until` at most; whether the device stands. To be called again until it does:
+    /// what is in flight may take as long as a slow disk likes, and [`VirtioDevice::pause`] waits for that.
+    /// [`VirtioDevice::resume`] gives it up.
+    fn hold(&self, until: Instant) -> bool;
 
     /// Goes on after a pause, with a look at every queue, since kicks during the pause may be lost with the machine.
     fn resume(&self);

@@ -63,6 +63,8 @@ struct Slot {
     reply: Option<Vec<QueueProgress>>,
     /// Serve nothing.
     paused: bool,
+    /// The thread has seen that, and serves nothing.
+    still: bool,
     /// A driver has the device, so the thread may be serving.
     active: bool,
     dead: bool,
@@ -124,10 +126,34 @@ impl Worker {
         self.call(Command::Pause).unwrap_or_default()
     }
 
+    /// Begins a pause and waits until `until` for what is in flight; whether it has stopped. Unlike [`Worker::pause`] it
+    /// waits for no reset either, so whoever may not wait for a disk can ask again later.
+    pub(crate) fn hold(&self, until: Instant) -> bool {
+        let mut slot = lock(&self.control.slot);
+        slot.paused = true;
+        loop {
+            // A thread that nobody activated serves nothing, once it has taken what it was told.
+            let idle = !slot.active && slot.command.is_none();
+            if slot.still || slot.dead || idle {
+                return true;
+            }
+            self.control.hurry.store(true, Ordering::Release);
+            let _ = self.control.wake.write(1);
+            if let Some(nudge) = &self.nudge {
+                nudge();
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            slot = self.control.changed.wait_timeout(slot, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
     /// Does not wait: what comes next finds the flag.
     pub(crate) fn resume(&self) {
         let mut slot = lock(&self.control.slot);
-        slot.paused = false;
+        (slot.paused, slot.still) = (false, false);
         if slot.active {
             self.control.hurry.store(true, Ordering::Release);
             let _ = self.control.wake.write(1);
@@ -268,7 +294,11 @@ impl<W: QueueWorker> Thread<'_, W> {
                 active.all_due();
             }
         }
-        let Some(command) = slot.command.take() else { return true };
+        slot.still = slot.paused;
+        let Some(command) = slot.command.take() else {
+            self.control.changed.notify_all();
+            return true;
+        };
         let stop = matches!(command, Command::Stop);
         match command {
             Command::Activate(state) => {

@@ -74,6 +74,74 @@ fn pause_of_hung_vmm_returns_unavailable_and_kills_it() {
     assert!(stage.fault().contains("did not answer Pause"));
 }
 
+/// A VMM that answers questions for its status, and `other` to the rest, until it has said `owes` as often as that.
+fn owing(stage: &Stage, times: usize, mut other: impl FnMut(Request)) {
+    let mut asked = 0;
+    while asked < times {
+        let Ok((request, _)) = stage.vmm.recv::<Request>() else { return };
+        if request.command != Command::Status {
+            other(request);
+            continue;
+        }
+        asked += 1;
+        let status = VmmStatus { state: MachineState::Running, balloon_bytes: 0, exits: 1, owes: true };
+        stage.say(&FromVmm::Reply { id: request.id, result: Ok(Answer::Status(status)) });
+    }
+}
+
+#[test]
+fn pause_that_waits_for_a_slow_disk_is_waited_for_and_holds_nothing_up() {
+    let stage = stage();
+    stage.start();
+    let begin = Instant::now();
+    std::thread::scope(|scope| {
+        let machine = &stage.machine;
+        let pausing = scope.spawn(|| machine.pause());
+        let mut pause = None;
+        owing(&stage, 3, |request| match request.command {
+            Command::Pause => pause = Some(request.id),
+            other => panic!("{other:?}"),
+        });
+        let pressing = scope.spawn(|| machine.power_button());
+        stage.answer(Command::PowerButton);
+        pressing.join().unwrap().unwrap();
+        assert!(!pausing.is_finished() && machine.status().state == State::Running);
+        stage.say(&FromVmm::Reply { id: pause.unwrap(), result: Ok(Answer::Done) });
+        pausing.join().unwrap().unwrap();
+    });
+    assert!(begin.elapsed() > 3 * Duration::from_secs(1), "longer than a VMM that says nothing is given");
+    assert_eq!((stage.machine.status().state, stage.event()), (State::Paused, MachineEvent::Paused));
+    stage.kill();
+}
+
+#[test]
+fn kill_ends_a_pause_that_waits_for_a_slow_disk() {
+    let stage = stage();
+    stage.start();
+    std::thread::scope(|scope| {
+        let pausing = scope.spawn(|| stage.machine.pause());
+        owing(&stage, 2, |_| ());
+        stage.kill();
+        assert_eq!(pausing.join().unwrap().unwrap_err().kind(), Kind::NotFound);
+    });
+    assert_eq!(stage.machine.wait().reason, ExitReason::Killed);
+}
+
+#[test]
+fn pause_that_the_vmm_has_forgotten_returns_unavailable_and_kills_it() {
+    let stage = stage();
+    stage.start();
+    std::thread::scope(|scope| {
+        let pausing = scope.spawn(|| stage.machine.pause());
+        owing(&stage, 1, |_| ());
+        let (request, _) = stage.vmm.recv::<Request>().unwrap();
+        let status = VmmStatus { state: MachineState::Running, balloon_bytes: 0, exits: 1, owes: false };
+        stage.say(&FromVmm::Reply { id: request.id, result: Ok(Answer::Status(status)) });
+        assert_eq!(pausing.join().unwrap().unwrap_err().kind(), Kind::Unavailable);
+    });
+    assert!(stage.fault().contains("did not answer Pause"));
+}
+
 #[test]
 fn a_vmm_that_reads_nothing_does_not_hold_up_its_engine() {
     let stage = stage();
@@ -187,7 +255,7 @@ fn update_below_what_the_guest_gives_returns_failed_precondition() {
             let mut asked = Vec::new();
             while stopped.try_recv().is_err() {
                 let Ok((request, _)) = vmm.recv::<Request>() else { break };
-                let status = VmmStatus { state: MachineState::Running, balloon_bytes: 0, exits: 1 };
+                let status = VmmStatus { state: MachineState::Running, balloon_bytes: 0, exits: 1, owes: false };
                 let answer = match request.command {
                     Command::Status => Answer::Status(status),
                     Command::Balloon { bytes } => {

@@ -3,6 +3,7 @@
 use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::Arc;
+use std::time::Instant;
 
 use vmm_sys_util::eventfd::{EventFd, EFD_CLOEXEC, EFD_NONBLOCK};
 
@@ -163,6 +164,10 @@ impl VirtioDevice for Balloon {
 
     fn pause(&self) -> Vec<QueueProgress> {
         self.worker.pause()
+    }
+
+    fn hold(&self, until: Instant) -> bool {
+        self.worker.hold(until)
     }
 
     fn resume(&self) {

@@ -3,6 +3,7 @@
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
+use std::time::Instant;
 
 use virtio_bindings::bindings::virtio_blk as b;
 
@@ -158,6 +159,11 @@ impl VirtioDevice for Block {
 
     fn pause(&self) -> Vec<QueueProgress> {
         self.workers.iter().flat_map(Worker::pause).collect()
+    }
+
+    fn hold(&self, until: Instant) -> bool {
+        // Every one is asked, whichever keeps the others waiting.
+        self.workers.iter().filter(|worker| !worker.hold(until)).count() == 0
     }
 
     fn resume(&self) {

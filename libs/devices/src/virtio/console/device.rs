@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use vmm_sys_util::eventfd::{EventFd, EFD_CLOEXEC, EFD_NONBLOCK};
 
@@ -126,6 +127,11 @@ impl VirtioDevice for Console {
         let mut progress = self.receiver.pause();
         progress.extend(self.transmitter.pause());
         progress
+    }
+
+    fn hold(&self, until: Instant) -> bool {
+        let received = self.receiver.hold(until);
+        self.transmitter.hold(until) && received
     }
 
     fn resume(&self) {

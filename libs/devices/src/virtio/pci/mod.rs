@@ -18,6 +18,7 @@ mod persist;
 
 use std::io;
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use thiserror::Error;
 use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
@@ -157,6 +158,11 @@ impl VirtioPci {
     /// Completes what is in flight and holds the device, see [`VirtioDevice::pause`].
     pub fn pause(&self) {
         self.device.pause();
+    }
+
+    /// Begins to hold the device; whether it stands at `until`, see [`VirtioDevice::hold`].
+    pub fn hold(&self, until: Instant) -> bool {
+        self.device.hold(until)
     }
 
     /// Goes on after [`VirtioPci::pause`], or after a restore, which leaves the device paused.

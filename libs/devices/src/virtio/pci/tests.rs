@@ -6,6 +6,7 @@ use crate::virtio::queue::{copy_from, copy_to, total, QueueError, Turn, VirtQueu
 use crate::virtio::worker::{QueueWorker, Worker};
 use ovms_state::{Persist, Section, StateError};
 use std::sync::atomic::AtomicBool;
+use std::time::Instant;
 
 /// Copies what it reads into what it may write.
 struct Echo {
@@ -56,6 +57,9 @@ impl VirtioDevice for Echo {
     }
     fn pause(&self) -> Vec<QueueProgress> {
         self.worker.pause()
+    }
+    fn hold(&self, until: Instant) -> bool {
+        self.worker.hold(until)
     }
     fn resume(&self) {
         self.worker.resume();

@@ -61,6 +61,10 @@ impl VirtioDevice for Rng {
         self.worker.pause()
     }
 
+    fn hold(&self, until: Instant) -> bool {
+        self.worker.hold(until)
+    }
+
     fn resume(&self) {
         self.worker.resume();
     }

@@ -1,5 +1,6 @@
 use super::super::MAX_REQUEST_BYTES;
 use super::*;
+use crate::pci::PciFunction;
 use crate::testkit::driver::{Driver, Part, QUEUE_SIZE};
 use crate::testkit::virtio as virtio_contract;
 use crate::virtio::Segment;
@@ -254,6 +255,53 @@ fn pause_returns_only_when_requests_in_flight_are_answered() {
     assert_eq!(answered, left, "all that was done is in the used rings");
     driver.function.resume();
     assert!(driver.wait_for(|_| gate.left.load(Ordering::SeqCst) == 6));
+}
+
+#[test]
+fn hold_of_a_slow_disk_is_given_up_in_time_and_comes_true_later() {
+    let gate = Arc::<Gate>::default();
+    let mut driver = Driver::ready(Block::new(gate.clone(), &options(2), &Spawner::default()).unwrap(), 0);
+    let (head, _) = driver.prepare(1, &[Part::Out(&header(0, 0)), Part::In(512), Part::In(1)]);
+    driver.offer(1, head);
+    assert!(driver.wait_for(|_| gate.entered.load(Ordering::SeqCst) == 1));
+    let begin = Instant::now();
+    assert!(!driver.function.hold(begin + Duration::from_millis(30)));
+    assert!((30..5000).contains(&begin.elapsed().as_millis()), "{:?}", begin.elapsed());
+    assert!(!driver.function.hold(Instant::now()), "nor does it wait again");
+    // The other queue is held meanwhile.
+    let (head, _) = driver.prepare(0, &[Part::Out(&header(0, 0)), Part::In(512), Part::In(1)]);
+    driver.offer(0, head);
+    // Whoever pauses it waits for it; who holds it does not, nor for the other.
+    let function = driver.function.clone();
+    let pausing = std::thread::spawn(move || function.pause());
+    std::thread::sleep(Duration::from_millis(30));
+    assert!(!driver.function.hold(Instant::now()) && !pausing.is_finished());
+    assert_eq!(gate.entered.load(Ordering::SeqCst), 1);
+    gate.open();
+    assert!(driver.function.hold(Instant::now() + Duration::from_secs(60)));
+    pausing.join().unwrap();
+    assert_eq!((gate.entered.load(Ordering::SeqCst), gate.left.load(Ordering::SeqCst)), (1, 1));
+    driver.function.resume();
+    assert!(driver.wait_for(|_| gate.left.load(Ordering::SeqCst) == 2), "a hold that was given up leaves no trace");
+    assert!(driver.function.hold(Instant::now() + Duration::from_secs(60)));
+}
+
+#[test]
+fn hold_waits_for_no_idle_disk_and_until_a_reset_is_through() {
+    let gate = Arc::<Gate>::default();
+    let mut driver = Driver::ready(Block::new(gate.clone(), &options(1), &Spawner::default()).unwrap(), 0);
+    let idle = Block::new(gate.clone(), &options(1), &Spawner::default()).unwrap();
+    assert!(idle.hold(Instant::now()), "a disk without a driver stands at once");
+    let (head, _) = driver.prepare(0, &[Part::Out(&header(0, 0)), Part::In(512), Part::In(1)]);
+    driver.offer(0, head);
+    assert!(driver.wait_for(|_| gate.entered.load(Ordering::SeqCst) == 1));
+    let function = driver.function.clone();
+    let resetting = std::thread::spawn(move || PciFunction::reset(function.as_ref()));
+    std::thread::sleep(Duration::from_millis(30));
+    assert!(!driver.function.hold(Instant::now() + Duration::from_millis(30)), "the request is still in flight");
+    gate.open();
+    resetting.join().unwrap();
+    assert!(driver.function.hold(Instant::now()));
 }
 
 #[test]
