@@ -16,8 +16,8 @@ use crate::instance::{Image, Rootfs};
 pub fn resolve(socket: &Path, rootfs: &Rootfs, own_args: &[String], progress: &dyn Fn(&str)) -> Result<Image> {
     let down = |e| {
         let message = format!(
-            "the ovms snapshotter does not answer on {}: is ovms-snapshotter running (`systemctl start \
-             ovms-snapshotter.socket`)?",
+            "the ovms snapshotter does not answer on {}: start it (`systemctl start ovms-bundle.socket`), or set \
+             paths.bundle_socket in ovms.toml to where it listens",
             socket.display()
         );
         Error::caused(message, e).of_kind(Kind::Unavailable)
@@ -122,7 +122,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let err = ask(&dir.path().join("none"), &|_| ()).unwrap_err();
         assert_eq!(err.kind(), Kind::Unavailable);
-        assert!(err.chain().contains("ovms-snapshotter"), "{}", err.chain());
+        assert!(err.chain().contains("ovms-bundle.socket"), "{}", err.chain());
         let err = ask(&snapshotter(dir.path(), vec![]), &|_| ()).unwrap_err();
         assert_eq!(err.kind(), Kind::Unavailable);
     }

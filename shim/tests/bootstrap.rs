@@ -8,10 +8,13 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use containerd_shim_protos::api::{ConnectRequest, ConnectResponse, DeleteResponse, Empty, ShutdownRequest};
+use containerd_shim_protos::api::{
+    ConnectRequest, ConnectResponse, CreateTaskRequest, CreateTaskResponse, DeleteResponse, Empty, ShutdownRequest,
+};
 use containerd_shim_protos::bootstrap_api::BootstrapParams;
 use containerd_shim_protos::protobuf::Message;
 use containerd_shim_protos::types::introspection::RuntimeInfo;
+use containerd_shim_protos::types::mount::Mount;
 use tempfile::TempDir;
 use ttrpc::asynchronous::{transport::Socket, Client};
 
@@ -71,6 +74,15 @@ impl Bed {
 }
 
 async fn call<Q: Message, A: Message>(socket: &Path, service: &str, method: &str, request: &Q) -> A {
+    try_call(socket, service, method, request).await.unwrap()
+}
+
+async fn try_call<Q: Message, A: Message>(
+    socket: &Path,
+    service: &str,
+    method: &str,
+    request: &Q,
+) -> Result<A, ttrpc::Error> {
     let client = Client::new(Socket::connect_unix(socket.to_str().unwrap()).await.unwrap());
     let request = ttrpc::Request {
         service: service.into(),
@@ -79,7 +91,7 @@ async fn call<Q: Message, A: Message>(socket: &Path, service: &str, method: &str
         payload: request.write_to_bytes().unwrap(),
         ..Default::default()
     };
-    A::parse_from_bytes(&client.request(request).await.unwrap().payload).unwrap()
+    Ok(A::parse_from_bytes(&client.request(request).await?.payload).unwrap())
 }
 
 #[tokio::test]
@@ -107,6 +119,36 @@ async fn start_prints_an_address_where_both_task_services_answer_until_shutdown(
         assert!(Instant::now() < end, "the server does not end");
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
+}
+
+#[tokio::test]
+async fn create_without_a_snapshotter_names_its_socket_and_the_way_out() {
+    let bed = Bed::new();
+    let bundle_socket = bed.dir.path().join("b.sock");
+    let mut settings = fs::OpenOptions::new().append(true).open(bed.dir.path().join("ovms.toml")).unwrap();
+    writeln!(settings, "bundle_socket = {bundle_socket:?}").unwrap();
+    fs::copy(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/specs/ctr-2.4.json"), bed.bundle().join("config.json"))
+        .unwrap();
+    let socket = bed.start();
+    let root = Mount { type_: "bind".into(), source: "/s/7/fs".into(), ..Default::default() };
+    let bundle = bed.bundle().display().to_string();
+    let request = CreateTaskRequest { id: "vm1".into(), bundle, rootfs: vec![root], ..Default::default() };
+    let create = || try_call::<_, CreateTaskResponse>(&socket, NAMES[1], "Create", &request);
+
+    let nobody = create().await;
+    // A daemon that was killed leaves its socket behind.
+    drop(std::os::unix::net::UnixListener::bind(&bundle_socket).unwrap());
+    let left_behind = create().await;
+    let _: Empty = call(&socket, NAMES[0], "Shutdown", &ShutdownRequest::new()).await;
+
+    for (answer, why) in [(nobody, "No such file"), (left_behind, "Connection refused")] {
+        let Err(ttrpc::Error::RpcStatus(status)) = answer else { panic!("not refused: {answer:?}") };
+        assert_eq!(status.code(), ttrpc::Code::UNAVAILABLE);
+        for expected in [&bundle_socket.display().to_string(), "systemctl start ovms-bundle.socket", why] {
+            assert_eq!(status.message().matches(expected).count(), 1, "{expected}: {}", status.message());
+        }
+    }
+    assert!(!bed.dir.path().join("run/machines").exists());
 }
 
 #[test]
