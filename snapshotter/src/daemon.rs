@@ -102,11 +102,7 @@ impl Daemon {
 
     /// Unlocks RAM that no container needs locked any more.
     pub fn unlock(&self) -> Result<()> {
-        if !self.locked.is_empty() {
-            let held = self.store.held()?;
-            self.locked.retain(|key| held.contains(key));
-        }
-        Ok(())
+        self.locked.release(|| self.store.held())
     }
 
     /// Removes directories, blobs and RAM that the store does not know, and nothing else.

@@ -98,14 +98,23 @@ fn ranges_by(file: &File, length: u64, hole: u64) -> io::Result<Vec<(u64, u64)>>
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::FileExt;
+    use std::os::unix::fs::{FileExt, MetadataExt};
 
     use super::*;
 
-    fn locked_kib() -> u64 {
-        let status = std::fs::read_to_string("/proc/self/status").unwrap();
-        let line = status.lines().find(|line| line.starts_with("VmLck:")).unwrap();
-        line.split_whitespace().nth(1).unwrap().parse().unwrap()
+    /// Bytes of a file that this process has locked; other tests lock other files.
+    fn locked_of(file: &File) -> u64 {
+        let inode = file.metadata().unwrap().ino().to_string();
+        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let (mut ours, mut locked) = (false, 0);
+        for line in smaps.lines() {
+            match line.split_whitespace().collect::<Vec<_>>().as_slice() {
+                [range, _, _, _, found, ..] if range.contains('-') => ours = *found == inode,
+                ["Locked:", kib, "kB"] if ours => locked += kib.parse::<u64>().unwrap() << 10,
+                _ => {}
+            }
+        }
+        locked
     }
 
     #[test]
@@ -118,9 +127,9 @@ mod tests {
         let locked = Locked::new(&file).unwrap();
 
         assert!((12288..1 << 20).contains(&locked.bytes()), "{}", locked.bytes());
-        assert_eq!(locked_kib() * 1024, locked.bytes());
+        assert_eq!(locked_of(&file), locked.bytes());
         drop(locked);
-        assert_eq!(locked_kib(), 0);
+        assert_eq!(locked_of(&file), 0);
     }
 
     #[test]

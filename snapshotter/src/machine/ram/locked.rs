@@ -2,7 +2,7 @@
 //! run from, which all of them share, for as long as a container's snapshot uses it. A digest may be in memory twice: those
 //! who came before there was room on tmpfs map the file on disk, later ones its copy ([`super::preload`]).
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -75,18 +75,21 @@ impl LockedFiles {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether nothing is locked.
-    pub fn is_empty(&self) -> bool {
-        self.all().is_empty()
-    }
-
-    /// Gives up what nobody needs, by the keys of the store.
-    pub fn retain(&self, needed: impl Fn(&str) -> bool) {
-        let gone: Vec<_> = self.all().extract_if(|_, entry| !needed(&entry.key)).collect();
+    /// Gives up what no key of the store holds. `held` is asked while [`lock`] waits, which a container calls after its key
+    /// was stored: so either the key is seen here, or the file is locked anew.
+    pub fn release(&self, held: impl FnOnce() -> Result<BTreeSet<String>>) -> Result<()> {
+        let mut all = self.all();
+        if all.is_empty() {
+            return Ok(());
+        }
+        let held = held()?;
+        let gone: Vec<_> = all.extract_if(|_, entry| !held.contains(&entry.key)).collect();
         // Unmapping takes a while and needs no lock.
+        drop(all);
         for (_, Entry { key, locked }) in gone {
             tracing::info!(key, bytes = locked.bytes(), "RAM is no longer locked");
         }
+        Ok(())
     }
 }
 
@@ -128,5 +131,47 @@ pub fn raise_limit() {
         if let Err(err) = setrlimit(Resource::Memlock, Rlimit { current: limit.maximum, ..limit }) {
             tracing::debug!(error = %err, "the limit on locked memory cannot be raised");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    fn locked(key: &str) -> ((u64, u64), Entry) {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&[1; 4096]).unwrap();
+        let found = file.metadata().unwrap();
+        ((found.dev(), found.ino()), Entry { key: key.into(), locked: Locked::new(&file).unwrap() })
+    }
+
+    #[test]
+    fn release_keeps_what_is_held_and_asks_while_nobody_can_lock() {
+        let files = LockedFiles::default();
+        files.release(|| panic!("there is nothing to ask for")).unwrap();
+        files.all().extend([locked("mlock sha256:a"), locked("mlock tmpfs sha256:a")]);
+
+        files
+            .release(|| {
+                assert!(files.0.try_lock().is_err());
+                Ok(BTreeSet::from(["mlock tmpfs sha256:a".to_owned()]))
+            })
+            .unwrap();
+
+        let left: Vec<_> = files.all().values().map(|entry| entry.key.clone()).collect();
+        assert_eq!(left, ["mlock tmpfs sha256:a"]);
+        files.release(|| Err(Error::internal("the store failed"))).unwrap_err();
+        assert_eq!(files.all().len(), 1);
+    }
+
+    #[test]
+    fn keys_of_the_store_are_read_again() {
+        for (key, tmpfs) in [("mlock sha256:a", false), ("mlock tmpfs sha256:a", true)] {
+            let place = Place::of_key(key).unwrap();
+            assert_eq!((place.digest.as_str(), place.tmpfs, place.key().as_str()), ("sha256:a", tmpfs, key));
+        }
+        assert_eq!(Place::of_key("ram sha256:a"), None);
     }
 }
