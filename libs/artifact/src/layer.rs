@@ -18,12 +18,10 @@
 
 mod beginning;
 
-use std::cell::Cell;
 use std::io::{self, Cursor, Read};
 
-use flate2::read::MultiGzDecoder;
-
 use crate::archive::{ArchiveError, MemberKind, Walker};
+use crate::decompress::{CapError, Caps, Decompressed};
 use crate::digest::{Digest, Hasher, HashingReader};
 use crate::manifest::{DiskFormat, Manifest, ManifestError, MAX_MANIFEST};
 use crate::media::{self, Compression};
@@ -31,11 +29,6 @@ use crate::media::{self, Compression};
 use beginning::{Beginning, Kind};
 
 pub(crate) use beginning::can_be_bare;
-
-/// Largest zstd window that is allocated: 2^27 bytes, the limit of the zstd command line without `--long`.
-const ZSTD_WINDOW_LOG: u32 = 27;
-/// A ratio is judged once this many bytes came out: small blobs of zeros compress beyond any sane ratio.
-const RATIO_FROM: u64 = 1 << 30;
 
 /// Why a layer is refused.
 #[derive(Debug, thiserror::Error)]
@@ -98,7 +91,7 @@ pub enum LayerError {
         limit: u64,
     },
     /// Compressed beyond what a disk can be.
-    #[error("the layer decompresses to more than {0} times its size")]
+    #[error("the layer decompresses to more than {0} times its size (limits.layer_ratio)")]
     Ratio(u64),
     /// The archive is damaged or does what it must not.
     #[error("the layer's archive is refused")]
@@ -231,41 +224,25 @@ pub fn read<R: Read>(
     limits: &Limits,
     visit: &mut dyn FnMut(DiskFile<'_>) -> VisitResult,
 ) -> Result<LayerSummary, LayerError> {
-    read_judging(reader, encoding, limits, RATIO_FROM, visit)
+    read_capped(reader, encoding, limits, Caps::new(u64::MAX, limits.ratio), visit)
 }
 
-fn read_judging<R: Read>(
+fn read_capped<R: Read>(
     mut reader: R,
     encoding: Encoding,
     limits: &Limits,
-    ratio_from: u64,
+    caps: Caps,
     visit: &mut dyn FnMut(DiskFile<'_>) -> VisitResult,
 ) -> Result<LayerSummary, LayerError> {
-    let taken = Cell::new(0);
-    let input = Counted { inner: &mut reader, taken: &taken };
-    let ratio = if encoding.compression == Compression::None { u64::MAX } else { limits.ratio };
-    let decoded: Box<dyn Read + '_> = match encoding.compression {
-        Compression::None => Box::new(input),
-        Compression::Gzip => Box::new(MultiGzDecoder::new(input)),
-        Compression::Zstd => {
-            let mut decoder = zstd::stream::read::Decoder::new(input).map_err(LayerError::Io)?;
-            decoder.window_log_max(ZSTD_WINDOW_LOG).map_err(LayerError::Io)?;
-            Box::new(decoder)
-        }
-    };
-    let summary = read_decoded(
-        Capped { inner: decoded, taken: &taken, given: 0, from: ratio_from, ratio },
-        encoding,
-        limits,
-        visit,
-    )?;
+    let decompressed = Decompressed::new(&mut reader, encoding.compression, caps).map_err(LayerError::Io)?;
+    let summary = read_decompressed(decompressed, encoding, limits, visit)?;
     // A decoder may stop before its input does; a verifying reader judges at the very end.
     io::copy(&mut reader, &mut io::sink()).map_err(LayerError::Io)?;
     Ok(summary)
 }
 
-fn read_decoded(
-    stream: Capped<'_>,
+fn read_decompressed(
+    stream: Decompressed<'_>,
     encoding: Encoding,
     limits: &Limits,
     visit: &mut dyn FnMut(DiskFile<'_>) -> VisitResult,
@@ -331,9 +308,13 @@ fn hand_over(
 
 /// Recognises our own errors inside an [`io::Error`].
 fn stream_error(error: io::Error) -> LayerError {
-    match error.downcast::<CapError>() {
-        Ok(CapError::Ratio(ratio)) => LayerError::Ratio(ratio),
-        Ok(CapError::Disk(limit)) => LayerError::TooLarge { what: "disk", limit },
+    let error = match error.downcast::<CapError>() {
+        Ok(CapError::Ratio(ratio)) => return LayerError::Ratio(ratio),
+        Ok(CapError::Bytes(limit)) => return LayerError::TooLarge { what: "layer", limit },
+        Err(other) => other,
+    };
+    match error.downcast::<DiskTooLarge>() {
+        Ok(DiskTooLarge(limit)) => LayerError::TooLarge { what: "disk", limit },
         Err(other) => LayerError::Io(other),
     }
 }
@@ -420,48 +401,10 @@ fn archive_error(error: ArchiveError) -> LayerError {
     }
 }
 
-/// Why a stream was stopped, carried through an [`io::Error`].
+/// The disk goes on beyond the limit; carried through an [`io::Error`].
 #[derive(Debug, thiserror::Error)]
-enum CapError {
-    #[error("the compression ratio is above {0}")]
-    Ratio(u64),
-    #[error("the disk has more than {0} bytes")]
-    Disk(u64),
-}
-
-/// Counts what the decoder takes.
-struct Counted<'a, R> {
-    inner: &'a mut R,
-    taken: &'a Cell<u64>,
-}
-
-impl<R: Read> Read for Counted<'_, R> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let n = self.inner.read(buffer)?;
-        self.taken.set(self.taken.get().saturating_add(n as u64));
-        Ok(n)
-    }
-}
-
-/// Stops a decoder that gives too much for what it takes.
-struct Capped<'a> {
-    inner: Box<dyn Read + 'a>,
-    taken: &'a Cell<u64>,
-    given: u64,
-    from: u64,
-    ratio: u64,
-}
-
-impl Read for Capped<'_> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let n = self.inner.read(buffer)?;
-        self.given = self.given.saturating_add(n as u64);
-        if self.given > self.from && self.given > self.taken.get().saturating_mul(self.ratio) {
-            return Err(io::Error::other(CapError::Ratio(self.ratio)));
-        }
-        Ok(n)
-    }
-}
+#[error("the disk has more than {0} bytes")]
+struct DiskTooLarge(u64);
 
 /// A disk's bytes: counted, capped, hashed where that is wanted.
 struct Member<'a> {
@@ -479,7 +422,7 @@ impl Read for Member<'_> {
         self.size = self.size.saturating_add(n as u64);
         if self.size > self.limit {
             self.failed = true;
-            return Err(io::Error::other(CapError::Disk(self.limit)));
+            return Err(io::Error::other(DiskTooLarge(self.limit)));
         }
         if let Some(hasher) = &mut self.hasher {
             hasher.update(buffer.get(..n).unwrap_or_default());

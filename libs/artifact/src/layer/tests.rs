@@ -202,11 +202,11 @@ fn disk_beyond_the_limit_is_refused_before_it_is_read() {
 fn a_decompression_bomb_is_stopped_at_its_ratio() {
     let bomb = zstd::encode_all(std::io::repeat(0).take(64 << 20), 1).unwrap();
     let mut bytes = 0u64;
-    let error = read_judging(
+    let error = read_capped(
         bomb.as_slice(),
         encoding(Compression::Zstd, Some(DiskFormat::Raw)),
-        &Limits { ratio: 1000, ..Limits::default() },
-        1 << 20,
+        &Limits::default(),
+        Caps::new(u64::MAX, 1000).judged_from(1 << 20),
         &mut |file| {
             bytes = std::io::copy(file.reader, &mut std::io::sink())?;
             Ok(())
