@@ -40,8 +40,6 @@ pub const OCI_LAYER_ZSTD: &str = "application/vnd.oci.image.layer.v1.tar+zstd";
 
 /// Annotation of a disk layer: its disk format, `qcow2` or `raw`.
 pub const ANNOTATION_FORMAT: &str = "ovms.format";
-/// Annotation by which `oras` marks a directory it packed into one gzipped tar.
-pub const ANNOTATION_ORAS_UNPACK: &str = "io.deis.oras.content.unpack";
 /// Annotation of an entry of `index.json`: the tag.
 pub const ANNOTATION_REF_NAME: &str = "org.opencontainers.image.ref.name";
 /// Annotation of an entry of `index.json`: the full name under which containerd imports the image.

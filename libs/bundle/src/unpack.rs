@@ -124,18 +124,8 @@ impl Cache {
         Ok((path.clone(), open.map_err(Error::io("open", path))?))
     }
 
-    /// Makes everything that the image in the layout (directory or tar; by tag if it has several) needs and is not
-    /// there yet. Returns a template: a record without a top, for [`instantiate`].
-    ///
-    /// # Errors
-    /// [`Error`] naming document, blob or layer; what was made whole before stays in the cache.
-    pub fn unpack_layout(&self, layout: &Path, tag: Option<&str>, tell: &mut dyn FnMut(Step)) -> Result<Record> {
-        let layout = Layout::open(layout).map_err(Error::Layout)?;
-        let image = layout.select(tag).map_err(Error::Layout)?;
-        self.unpack(&layout, &image, tell)
-    }
-
-    /// [`Cache::unpack_layout`] of an image that was chosen already; [`Cache::template`] has it at once from then on.
+    /// Makes everything that the image of the layout (directory or tar) needs and is not there yet. Returns a template: a
+    /// record without a top, for [`instantiate`]; [`Cache::template`] has it at once from then on.
     ///
     /// # Errors
     /// [`Error`] naming document, blob or layer; what was made whole before stays in the cache.

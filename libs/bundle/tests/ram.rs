@@ -17,12 +17,12 @@ use std::{
 use ovms_artifact::{
     build::{Options as BuildOptions, Recipe},
     digest::Digest,
-    layout::{DirSink, Quiet, Sink, TarSink},
+    layout::{DirSink, Layout, Quiet, Sink, TarSink},
     manifest::{Kernel, Manifest, RamCompression, RamSnapshot, Ref},
 };
 use ovms_bundle::{
     ram::{self, RamOptions},
-    unpack::{Cache, Options},
+    unpack::{Cache, Options, Step},
     worker::{intercept, Launcher, Limits, Progress, RamBlob, RamJob},
     Error, Ram,
 };
@@ -353,6 +353,13 @@ fn cache(dir: &Path, name: &str, max_ram: Option<u64>) -> Cache {
     Cache::open(&dir.join(name), options).unwrap()
 }
 
+/// Unpacks the only image of a layout.
+fn unpack_layout(cache: &Cache, layout: &Path, tell: &mut dyn FnMut(Step)) -> ovms_bundle::Result<ovms_bundle::Record> {
+    let layout = Layout::open(layout).unwrap();
+    let image = layout.select(None).unwrap();
+    cache.unpack(&layout, &image, tell)
+}
+
 fn layout_with_ram(dir: &Path) {
     let data = memory(6 * MIB, 1);
     let digest = blob(dir, &data, None);
@@ -360,13 +367,13 @@ fn layout_with_ram(dir: &Path) {
     build(dir, &dir.join(digest.hex()), Box::new(DirSink::create(&layout).unwrap()));
     build(dir, &dir.join(digest.hex()), Box::new(TarSink::create(&tar, 0).unwrap()));
     for (image, name) in [(&layout, "one"), (&tar, "two")] {
-        let record = cache(dir, name, Some(1 << 30)).unpack_layout(image, None, &mut |_| {});
+        let record = unpack_layout(&cache(dir, name, Some(1 << 30)), image, &mut |_| {});
         let ram = record.unwrap_or_else(|e| panic!("{}", told(&e))).ram.unwrap();
         assert_eq!((ram.digest.as_str(), ram.mlock), (digest.to_string().as_str(), true));
         assert!(fs::read(&ram.memory).unwrap() == data);
         assert_eq!(fs::read_dir(dir.join(name).join("tmp")).unwrap().count(), 0);
     }
-    assert_eq!(cache(dir, "one", None).unpack_layout(&layout, None, &mut |_| {}).unwrap().ram, None);
+    assert_eq!(unpack_layout(&cache(dir, "one", None), &layout, &mut |_| {}).unwrap().ram, None);
 }
 
 fn layout_without(dir: &Path) {
@@ -377,13 +384,13 @@ fn layout_without(dir: &Path) {
     let diff = blob(dir, &data, Some((parent, &base)));
     let layout = dir.join("layout");
     build(dir, &dir.join(diff.hex()), Box::new(DirSink::create(&layout).unwrap()));
-    let error = told(&cache(dir, "one", Some(1 << 30)).unpack_layout(&layout, None, &mut |_| {}).unwrap_err());
+    let error = told(&unpack_layout(&cache(dir, "one", Some(1 << 30)), &layout, &mut |_| {}).unwrap_err());
     assert!(error.contains(&format!("lacks blob {parent}")), "{error}");
     // Something else under a RAM snapshot's type.
     let other = dir.join("other");
     fs::write(&other, lz4_of_something()).unwrap();
     let layout = dir.join("layout-2");
     build(dir, &other, Box::new(DirSink::create(&layout).unwrap()));
-    let error = told(&cache(dir, "one", Some(1 << 30)).unpack_layout(&layout, None, &mut |_| {}).unwrap_err());
+    let error = told(&unpack_layout(&cache(dir, "one", Some(1 << 30)), &layout, &mut |_| {}).unwrap_err());
     assert!(error.contains("no RAM snapshot of ovms"), "{error}");
 }

@@ -17,13 +17,13 @@ use ovms_artifact::{
     build::{Options as BuildOptions, Recipe},
     digest::{Digest, VerifyingReader},
     layer::{self as blob_layer, Encoding, LayerError, ReadLayer},
-    layout::{DirSink, Quiet, Sink, TarSink},
+    layout::{DirSink, Layout, Quiet, Sink, TarSink},
     manifest::{DiskFormat, Kernel, Manifest, Ref},
     media::{self, Compression},
 };
 use ovms_bundle::{
     layer,
-    unpack::{instantiate, Cache, Options},
+    unpack::{instantiate, Cache, Options, Step},
     worker::{intercept, Job, Launcher, LayerReader, Limits, Outcome, Source, Unpacked},
     Bundle, Error,
 };
@@ -467,6 +467,13 @@ fn cache(dir: &Path) -> Cache {
     Cache::open(&dir.join("cache"), options).unwrap()
 }
 
+/// Unpacks the only image of a layout.
+fn unpack_layout(cache: &Cache, layout: &Path, tell: &mut dyn FnMut(Step)) -> ovms_bundle::Result<ovms_bundle::Record> {
+    let layout = Layout::open(layout).unwrap();
+    let image = layout.select(None).unwrap();
+    cache.unpack(&layout, &image, tell)
+}
+
 fn instance(dir: &Path, name: &str, template: &ovms_bundle::Record) -> PathBuf {
     let dir = dir.join(name);
     fs::create_dir(&dir).unwrap();
@@ -478,9 +485,9 @@ fn layout_becomes_instances(dir: &Path) {
     let (kernel, disk) = build(dir, Box::new(DirSink::create(&layout).unwrap()));
     let cache = cache(dir);
     let mut steps = Vec::new();
-    let template = cache.unpack_layout(&layout, None, &mut |step| steps.push(step.what)).unwrap();
+    let template = unpack_layout(&cache, &layout, &mut |step| steps.push(step.what)).unwrap();
     assert!(steps.contains(&"kernel".to_owned()) && steps.contains(&"layer 2 of 2".to_owned()), "{steps:?}");
-    let again = cache.unpack_layout(&layout, None, &mut |step| panic!("{step:?} was done twice")).unwrap();
+    let again = unpack_layout(&cache, &layout, &mut |step| panic!("{step:?} was done twice")).unwrap();
     assert_eq!(again, template);
     assert_eq!(fs::read_dir(dir.join("cache/tmp")).unwrap().count(), 0);
 
@@ -508,7 +515,7 @@ fn layout_becomes_instances(dir: &Path) {
 fn layout_in_a_tar(dir: &Path) {
     let layout = dir.join("image.tar");
     let (_, disk) = build(dir, Box::new(TarSink::create(&layout, 0).unwrap()));
-    let template = cache(dir).unpack_layout(&layout, None, &mut |_| {}).unwrap();
+    let template = unpack_layout(&cache(dir), &layout, &mut |_| {}).unwrap();
     let record = instance(dir, "a", &template);
     let stack = Bundle::open(&record, "a test", true).unwrap().disk.unwrap().into_stack().unwrap();
     let mut all = vec![0; disk.len()];
@@ -519,7 +526,7 @@ fn layout_in_a_tar(dir: &Path) {
 fn disk_in_use(dir: &Path) {
     let layout = dir.join("layout");
     build(dir, Box::new(DirSink::create(&layout).unwrap()));
-    let template = cache(dir).unpack_layout(&layout, None, &mut |_| {}).unwrap();
+    let template = unpack_layout(&cache(dir), &layout, &mut |_| {}).unwrap();
     let record = instance(dir, "a", &template);
     let first = Bundle::open(&record, "machine default/vm1", false).unwrap();
     for read_only in [false, true] {

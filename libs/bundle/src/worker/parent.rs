@@ -48,13 +48,6 @@ impl Launcher {
         Launcher { program: "/proc/self/exe".into(), ids }
     }
 
-    /// Uses these ids for the worker of a root parent.
-    #[must_use]
-    pub fn with_ids(mut self, uid: u32, gid: u32) -> Launcher {
-        self.ids = self.ids.map(|_| (uid, gid));
-        self
-    }
-
     /// Unpacks one layer; blocks until the worker is gone. On an error, and for an ordinary layer or one without a
     /// disk, nothing is left in the directory.
     ///
