@@ -120,7 +120,7 @@ fn first_count(said: &str) -> u64 {
 #[test]
 fn a_golden_machine_of_another_size_is_refused() {
     let (_, golden, _) = machines().remove(0);
-    let mut config = bare::config(&golden.head).0;
+    let mut config = bare::config(&golden.head);
     config.memory *= 2;
     let err = Saved::read(&golden.state, &config).unwrap_err();
     assert!(err.is_incompatible() && err.to_string().contains("33554432 bytes of memory"), "{err}");

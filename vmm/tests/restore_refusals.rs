@@ -154,3 +154,31 @@ fn hostile_values_are_refused_or_hurt_the_guest_alone() {
         assert!(matches!(code, Some(126 | 137 | 139 | 0)), "{kind}{pointer}: {code:?}");
     }
 }
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn flipped_bits_behind_right_checksums_are_refused_or_hurt_the_guest_alone() {
+    let snapshot = snapshot();
+    let kinds: Vec<_> = snapshot.sections.iter().map(|section| section.kind.clone()).collect();
+    let mut ran = 0;
+    for number in 0..96_usize {
+        let kind = &kinds[number % kinds.len()];
+        let changed = snapshot.changed(|_, sections| {
+            let payload = &mut sections.iter_mut().find(|section| section.kind == *kind).unwrap().payload;
+            // Everywhere in the section, and in digits a digit.
+            let at = number * 7919 % payload.len();
+            payload[at] ^= 1;
+        });
+        let mut vmm = changed.setup().spawn();
+        if vmm.configured() {
+            ran += 1;
+            vmm.command(Command::Run);
+            std::thread::sleep(std::time::Duration::from_millis(10));
+            let _ = vmm.try_last(Command::Kill);
+        }
+        let code = vmm.child.wait().unwrap().code();
+        assert!(matches!(code, Some(126 | 137 | 139 | 0)), "{kind}, {number}: {code:?}");
+    }
+    eprintln!("{ran} of 96 machines ran");
+    assert!(ran > 10 && ran < 96, "{ran}");
+}

@@ -300,4 +300,25 @@ mod tests {
         saved.kind = "vcpu/1".into();
         assert!(matches!(part.restore(&saved), Err(StateError::WrongKind { .. })));
     }
+
+    #[test]
+    #[ignore = "needs /dev/kvm"]
+    fn section_with_any_byte_flipped_is_refused_or_hurts_no_later_state() {
+        let part = part(0);
+        let saved = part.save().unwrap();
+        let (mut refused, mut messages) = (0, std::collections::BTreeSet::new());
+        for at in 0..saved.payload.len() {
+            let mut bad = saved.clone();
+            bad.payload[at] ^= 1 << (at % 8);
+            if let Err(err) = part.apply(&bad) {
+                refused += 1;
+                messages.insert(crate::report::chain(&err));
+            }
+        }
+        assert!(refused > 100 && refused < saved.payload.len(), "{refused} of {}", saved.payload.len());
+        assert!(messages.iter().all(|message| message.len() > 20), "{messages:?}");
+        // Whatever registers, local APIC and MSRs have held meanwhile.
+        part.restore(&saved).unwrap();
+        assert_eq!(still(&part.save().unwrap()), still(&saved));
+    }
 }

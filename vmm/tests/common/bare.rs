@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use ovms_config::vm::{
     ConsoleConfig, DiskConfig, JailConfig, RestoreConfig, StartConfig, TopConfig, VmConfig, VmSpec, VM_CONFIG_VERSION,
@@ -12,7 +12,7 @@ use ovms_config::vm::{
 use ovms_devices::irq::MsiMessage;
 use ovms_devices::threads::Spawner;
 use ovms_disk::{Table, Top};
-use ovms_state::{unpack, Blob, Head, Limits, Section, StateFile};
+use ovms_state::{unpack, Blob, Head, Limits, Section, StateFile, MAX_SECTION_BYTES};
 use ovms_vmm::clock::{self, Clock};
 use ovms_vmm::fds::Fds;
 use ovms_vmm::memory::Ram;
@@ -83,26 +83,12 @@ pub fn file(bytes: &[u8]) -> File {
     file
 }
 
-/// A configuration that fits a saved machine, and the descriptors of its disks.
-pub fn config(head: &Head) -> (VmConfig, Vec<OwnedFd>) {
-    let null = || OwnedFd::from(File::open("/dev/null").unwrap());
-    // KVM, CPUID, network namespace, state, memory: nothing here looks at them.
-    let mut fds: Vec<_> = (0..5).map(|_| null()).collect();
-    let mut disks = Vec::new();
-    for disk in &head.fingerprint.disks {
-        let [table, data, map] = [(); 3].map(|()| file(&[]));
-        Table::empty(disk.size).unwrap().write_to(&table).unwrap();
-        Top::create(&data, &map, disk.size).unwrap();
-        let first = fds.len() as u32;
-        fds.extend([table, data, map].map(OwnedFd::from));
-        let top = TopConfig { data: first + 1, map: first + 2 };
-        let (read_only, serial) = (disk.read_only, "disk".into());
-        disks.push(DiskConfig { table: first, layers: vec![], frozen: vec![], top, read_only, serial });
-    }
+/// A configuration of the size of a saved machine, without disks. It names five descriptors at which nothing here looks.
+pub fn config(head: &Head) -> VmConfig {
     let start = RestoreConfig { state: 3, memory: 4, working_set: None, record_working_set: None, mlock: false };
     let jail =
         JailConfig { uid: 1, gid: 1, netns: 2, hostname: "test".into(), max_file_size: 1 << 40, max_open_files: 512 };
-    let config = VmConfig {
+    VmConfig {
         version: VM_CONFIG_VERSION,
         id: "test".into(),
         vcpus: head.vcpus,
@@ -111,17 +97,33 @@ pub fn config(head: &Head) -> (VmConfig, Vec<OwnedFd>) {
         cpuid: 1,
         userfault: None,
         start: StartConfig::Restore(start),
-        disks,
+        disks: Vec::new(),
         console: ConsoleConfig::default(),
         jail,
         log_level: "info".into(),
-    };
+    }
+}
+
+/// The same with disks of the saved sizes, and the descriptors.
+fn with_disks(head: &Head) -> (VmConfig, Vec<OwnedFd>) {
+    let (mut config, null) = (config(head), File::open("/dev/null").unwrap());
+    let mut fds: Vec<_> = (0..5).map(|_| OwnedFd::from(null.try_clone().unwrap())).collect();
+    for disk in &head.fingerprint.disks {
+        let [table, data, map] = [(); 3].map(|()| file(&[]));
+        Table::empty(disk.size).unwrap().write_to(&table).unwrap();
+        Top::create(&data, &map, disk.size).unwrap();
+        let first = fds.len() as u32;
+        fds.extend([table, data, map].map(OwnedFd::from));
+        let top = TopConfig { data: first + 1, map: first + 2 };
+        let (read_only, serial) = (disk.read_only, "disk".into());
+        config.disks.push(DiskConfig { table: first, layers: vec![], frozen: vec![], top, read_only, serial });
+    }
     (config, fds)
 }
 
 /// What the VMM makes of a state file before it builds the machine.
 pub fn read(state: &File, head: &Head) -> Result<Saved, String> {
-    Saved::read(state, &config(head).0).map_err(|err| chain(&err))
+    Saved::read(state, &config(head)).map_err(|err| chain(&err))
 }
 
 /// The devices of a machine.
@@ -133,7 +135,7 @@ pub struct Bare {
 impl Bare {
     /// Those of the machine that `head` tells of.
     pub fn new(head: &Head, ram: &Ram, saved: Option<&Saved>) -> Self {
-        let (config, fds) = config(head);
+        let (config, fds) = with_disks(head);
         let spec = VmSpec::new(config, fds.len()).unwrap();
         let hypervisor: Arc<dyn Hypervisor> = Arc::new(Nowhere);
         let environment = Environment {
@@ -186,6 +188,30 @@ pub fn is_restored(head: &Head, sections: &[Section], ram: &Ram) -> bool {
     machine.devices.pause();
     machine.devices.save().unwrap();
     true
+}
+
+/// The golden machine of version 0.1, and its memory, mapped once for the whole process.
+pub fn golden() -> (&'static Unpacked, &'static Ram) {
+    static MACHINE: OnceLock<(Unpacked, Ram)> = OnceLock::new();
+    let (machine, ram) = MACHINE.get_or_init(|| {
+        let machine = Unpacked::of(&[include_bytes!("../golden/0.1/base")]);
+        let ram = machine.map();
+        (machine, ram)
+    });
+    (machine, ram)
+}
+
+/// What a fuzzer makes: the first byte says which section of the golden machine the rest takes the place of. Says whether
+/// it was restored.
+pub fn section(input: &[u8]) -> bool {
+    let ((machine, ram), Some((choice, payload))) = (golden(), input.split_first()) else { return false };
+    let mut sections = machine.sections.clone();
+    let place = usize::from(*choice) % sections.len();
+    if payload.len() > MAX_SECTION_BYTES {
+        return false;
+    }
+    sections[place].payload = payload.to_vec();
+    is_restored(&machine.head, &sections, ram)
 }
 
 /// The same sections, but for the ACPI timer, which goes on. What an earlier version saved is saved in this one's words.
