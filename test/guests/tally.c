@@ -1,7 +1,8 @@
 /* Counts for ever, in memory and on disk, and says so: a machine that goes on from a snapshot goes on counting, and one
  * whose memory and disk are not of one instant is found out.
  *
- *   fill=MIB    writes that much memory from 16 MiB up before it counts (default 1)
+ *   fill=MIB    writes that much memory before it counts (default 1)
+ *   at=MIB      from there up, counted without the hole below 4 GiB, of which it must lie below (default 16)
  *   dirty=N     rewrites so many of these pages at every tick (default 16)
  *   disk=0      leaves the disk alone; otherwise every tick writes the count to sector 8
  *   period=N    turns of a loop between ticks (default 20000)
@@ -11,12 +12,11 @@
  * The ACPI power button makes it look through all of it and power off. */
 #include "blk.h"
 
-#define FIRST 0x1000000ull
 #define PAGE 4096
 #define LARGE 0x200000
 #define SALT 0x9e3779b97f4a7c15ull
 
-static uint64_t pages, next, ticks;
+static uint64_t first, pages, next, ticks;
 /* Pages below the hole for devices, and where memory goes on above it. */
 static uint64_t low_pages, high;
 
@@ -25,10 +25,10 @@ static void find_memory(void)
     struct range range;
     for (unsigned i = 0; memory_range(i, &range); i++) {
         uint64_t end = range.address + range.size;
-        if (range.type != 1 || end <= FIRST)
+        if (range.type != 1 || end <= first)
             continue;
-        if (range.address <= FIRST)
-            low_pages = (end - FIRST) / PAGE;
+        if (range.address <= first)
+            low_pages = (end - first) / PAGE;
         else
             high = range.address;
     }
@@ -39,7 +39,7 @@ static volatile uint64_t *page(uint64_t index)
 {
     static volatile uint8_t *window;
     static uint64_t mapped = 1;
-    uint64_t address = index < low_pages ? FIRST + index * PAGE : high + (index - low_pages) * PAGE;
+    uint64_t address = index < low_pages ? first + index * PAGE : high + (index - low_pages) * PAGE;
     if ((address & ~(LARGE - 1ull)) != mapped) {
         mapped = address & ~(LARGE - 1ull);
         window = map(2, mapped);
@@ -113,6 +113,7 @@ void run(void)
     uint64_t period = argument("period", 20000), dirty = argument("dirty", 16), last = argument("count", 0);
     uint64_t rate = argument("rate", 0), turns = rate ? dirty * PAGE * TIMER_HZ / (rate * 1000000) : 0;
     pages = argument("fill", 1) << 8;
+    first = argument("at", 16) << 20;
     find_memory();
     if (disk)
         blk_start();

@@ -138,6 +138,71 @@ fn snapshot_of_four_writing_processors_is_of_one_instant() {
 
 #[test]
 #[ignore = "needs /dev/kvm"]
+fn every_processor_goes_on_from_a_snapshot_of_four_that_write() {
+    let mut vmm = dirty(|setup| setup.userfault().vcpus(4), "mib=16 cpus=4");
+    let first = blob();
+    take(&mut vmm, SnapshotCommand::default(), &[first.try_clone().unwrap()]);
+    end(vmm);
+    let mut clone = restored(&[&first], "/tmp").vcpus(4).userfault().start();
+    clone.command(Command::Run);
+    std::thread::sleep(Duration::from_millis(800));
+    let second = blob();
+    take(&mut clone, SnapshotCommand::default(), &[second.try_clone().unwrap()]);
+    end(clone);
+    let [before, after] = [&first, &second].map(memory_of);
+    let [old, new] = [&before, &after].map(|memory| words(memory, 16)[0]);
+    assert!(new > old, "the first processor was in pass {old} and is in pass {new}");
+    for processor in 1..4 {
+        let [old, new] = [&before, &after].map(|memory| {
+            let words: Vec<_> = words_at(memory, processor << 17, 1 << 17).iter().map(|word| word & 0xffff).collect();
+            assert_one_instant(&words, 1 << 16);
+            words
+        });
+        assert!(old != new, "processor {processor} stands in pass {}", old[0]);
+    }
+    // And from a snapshot of the clone.
+    let mut again = restored(&[&second], "/tmp").vcpus(4).start();
+    again.command(Command::Run);
+    end(again);
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn memory_beyond_4_gib_goes_through_a_snapshot_and_a_diff() {
+    // 16 MiB on either side of the hole, with what the guest itself looks through at its end.
+    let args = "disk=0 at=3056 fill=32 dirty=64 period=10";
+    let mut vmm = Setup::new(guest("tally")).memory(5 << 30).userfault().args(args).start();
+    vmm.command(Command::Run);
+    vmm.expect("count 20\n");
+    let base = blob();
+    let report = take(&mut vmm, SnapshotCommand::default(), &[base.try_clone().unwrap()]);
+    assert!(report.content >= 32 << 20 && report.bytes < 64 << 20, "{report:?}");
+    assert_good(vmm);
+    let (state, memory) = unpacked(&[&base], "/tmp");
+    // `tally` signs its pages: the first one behind the hole is that with the number 4096.
+    assert_eq!(words_at(&memory, 3 << 30, PAGE), [4097_u64.wrapping_mul(0x9e37_79b9_7f4a_7c15)]);
+    let mut clone = Setup::restore(state.into(), memory.into()).memory(5 << 30).userfault().start();
+    clone.command(Command::Run);
+    std::thread::sleep(Duration::from_millis(100));
+    let diff = blob();
+    let command = SnapshotCommand { parent: Some(digest(0)), stop: false };
+    let report = take(&mut clone, command, &[diff.try_clone().unwrap()]);
+    assert!(report.content <= 40 << 20, "{report:?}");
+    assert_good(clone);
+    let mut last = restored(&[&diff, &base], "/tmp").memory(5 << 30).start();
+    last.command(Command::Run);
+    assert_good(last);
+}
+
+/// Ends a machine with `tally`, which looks through its memory.
+fn assert_good(mut vmm: Vmm) {
+    vmm.command(Command::PowerButton);
+    let (reason, said, _) = vmm.end();
+    assert!(reason == ExitReason::PowerOff && said.contains("\nall good at "), "{said}");
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
 fn snapshot_of_a_paused_machine_leaves_it_paused() {
     let mut vmm = dirty(Setup::userfault, "mib=16");
     vmm.command(Command::Pause);
