@@ -263,17 +263,41 @@ fn a_frozen_disk_is_read_while_its_machine_writes_on() {
 fn the_working_set_is_recorded_by_the_first_and_used_by_the_next() {
     let host = Host::new();
     let clone_bundle = bundle_of_a_clone(&host, "fill=8");
-    let set = clone_bundle.with_file_name("working-set");
-    for _ in 0..2 {
-        let (spec, mut console) = go_on(&host, &clone_bundle);
-        let clone = create(&host, spec);
+    let path = clone_bundle.with_file_name("working-set");
+    let begin = |host: &Host| {
+        let (spec, console) = go_on(host, &clone_bundle);
+        (create(host, spec), console)
+    };
+    let end = |(clone, mut console): (Machine, Console)| {
         clone.start().unwrap();
         console.expect("count ");
-        eventually("the working set is recorded", || set.exists());
+        eventually("the working set is recorded", || path.exists());
         kill(&clone);
+    };
+    let first = begin(&host);
+    // Before its guest runs: what building the machine touches.
+    let touched = mapped(first.0.pid());
+    end(first);
+    let set = ovms_state::WorkingSet::read(&File::open(&path).unwrap(), 64 << 20).unwrap();
+    assert!(set.pages() << 12 > 4 * touched, "{} pages, {touched} bytes", set.pages());
+
+    let next = begin(&host);
+    eventually("the working set is mapped before the guest runs", || mapped(next.0.pid()) >= set.pages() << 12);
+    end(next);
+}
+
+/// Bytes of the memory file that are mapped into a VMM.
+fn mapped(pid: u32) -> u64 {
+    let maps = fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
+    let (mut of_file, mut kib) = (false, 0);
+    for line in maps.lines() {
+        match line.split_once(':') {
+            Some(("Rss", size)) if of_file => kib += size.trim().trim_end_matches(" kB").parse::<u64>().unwrap(),
+            Some((field, _)) if !field.contains(' ') => {}
+            _ => of_file = line.ends_with("/memory"),
+        }
     }
-    let set = ovms_state::WorkingSet::read(&File::open(set).unwrap(), 64 << 20).unwrap();
-    assert!(set.pages() > 0);
+    kib << 10
 }
 
 #[test]
