@@ -43,6 +43,8 @@ pub fn for_vcpu(given: &[kvm_cpuid_entry2], topology: Topology, index: u8) -> Re
     // KVM gives at most an empty first level of the topology leafs: they are written anew.
     let mut entries: Vec<_> = given.iter().filter(|entry| !TOPOLOGY_LEAFS.contains(&entry.function)).copied().collect();
     for entry in &mut entries {
+        // Kernels before 5.7 say of leaf 2 that it counts its calls, and answer one; of no other flag is there use.
+        entry.flags &= KVM_CPUID_FLAG_SIGNIFCANT_INDEX;
         adapt(entry, topology, index);
     }
     for function in TOPOLOGY_LEAFS.into_iter().filter(|function| *function <= highest) {
@@ -148,6 +150,13 @@ mod tests {
         let entries = adapt_all(&[kvm_cpuid_entry2 { function: 0, eax: 0xd, ..Default::default() }], 4, 0);
         let functions: Vec<_> = entries.iter().map(|entry| entry.function).collect();
         assert_eq!(functions, [0, 0xb, 0xb]);
+    }
+
+    #[test]
+    fn flags_are_left_of_which_a_snapshot_may_say_something() {
+        let leaf = |function, flags| kvm_cpuid_entry2 { function, flags, ..Default::default() };
+        let entries = adapt_all(&[leaf(2, 0b110), leaf(4, KVM_CPUID_FLAG_SIGNIFCANT_INDEX)], 1, 0);
+        assert_eq!(entries.iter().map(|entry| entry.flags).collect::<Vec<_>>(), [0, KVM_CPUID_FLAG_SIGNIFCANT_INDEX]);
     }
 
     #[test]
