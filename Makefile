@@ -54,11 +54,13 @@ test: ## Run the tests that need neither root nor KVM
 	PATH="$$(python3 test/testbed/tools --path oras):$$PATH" $(CARGO) test --workspace --locked
 
 test-kvm: build guests ## Run the tests that need root and /dev/kvm (bare-metal guests)
-	$(CARGO) test --workspace --locked -- --ignored --test-threads=2
+	$(CARGO) test --workspace --locked -- --ignored --test-threads=2 --skip stock_kernel_
 
-suite: ## Build containerd's own snapshotter test suite and the tests' containerd client
+suite: ## Build containerd's own snapshotter test suite, the tests' containerd client, the VMM's tests of a stock kernel
 	cd test/snapshotter-suite && CGO_ENABLED=0 go test -c -trimpath -o ../../target/e2e/snapshotter-suite .
 	cd test/snapshotter-suite && CGO_ENABLED=0 go build -trimpath -o ../../target/e2e/samedisk ./samedisk
+	cp "$$($(CARGO) test --locked --package ovms-vmm --test linux --no-run --message-format=json-render-diagnostics \
+		| test/e2e/executable linux)" target/e2e/vmm-linux
 
 e2e: build guests suite ## Run the end-to-end cases: E2E=auto|native|nested|direct CASE=glob CONTAINERD='2.4 2.3 2.1 1.7'
 	E2E='$(E2E)' CASE='$(CASE)' CONTAINERD='$(CONTAINERD)' python3 test/e2e/run.py

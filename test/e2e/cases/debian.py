@@ -1,4 +1,4 @@
-"""RAM snapshots of an unmodified Debian."""
+"""RAM snapshots of an unmodified Debian, by containerd and by the VMM alone."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ from pathlib import Path
 from e2e.harness import process, tally
 from e2e.harness.bed import Bed
 from e2e.harness.case import CaseFailed, case, check, contains
+from e2e.harness.ovms import REPO
+from testbed import debian, guest
 
 #: A line of the guest: count, random number, seconds since 1970.
 _LINE = re.compile(r"ovms-guest: tally (\d+) random ([0-9a-f]{16}) clock (\d+) \.")
+#: The VMM's own tests of a stock kernel (vmm/tests/linux.rs).
+_VMM_TESTS = REPO / "target/e2e/vmm-linux"
 _MEMORY = ("--memory-limit", str(192 << 20))
 
 
@@ -72,3 +76,23 @@ def clones_of_a_busy_debian(bed: Bed) -> None:
     # The number of a clone's first line may have been drawn before the instant, and printed after it.
     check(len({random for _, (_, random, _) in clones}) == 3, f"clones drew the same random numbers: {clones}")
     other.unchanged(before_clones)
+
+
+@case(guests=("stock",), containerds=(), seconds=240)
+def a_stock_kernel_in_the_vmm_alone(bed: Bed) -> None:
+    """The VMM's tests with a stock kernel: it boots; restored twice it says "virtual machine fork", has the right time and
+    random numbers of its own."""
+    if not _VMM_TESTS.exists():
+        raise CaseFailed(f"{_VMM_TESTS} is missing: run `make suite`")
+    stock, linux = guest.guest(), bed.dir / "linux"
+    linux.mkdir()
+    for name, path in (("vmlinuz", stock.kernel), ("initrd.img", stock.initrd), ("busybox", debian.host() / "busybox")):
+        (linux / name).symlink_to(path)
+
+    done = process.run(
+        [_VMM_TESTS, "--ignored", "--test-threads=1", "--nocapture"], status=None, timeout=bed.patience * 12,
+        env={"OVMS_LINUX": str(linux), "TMPDIR": str(bed.dir)},
+    )
+
+    check(done.status == 0, f"the tests failed: {done.text[-1200:]}")
+    contains(done.text, "2 passed", "what the tests said")
