@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -80,7 +81,7 @@ def what_a_refused_verb_leaves_is_found(bed: Bed) -> None:
         "containers left behind: left": (
             lambda: ctr("containers", "create", "--snapshotter", "ovms", image, "left"), lambda: ctr("containers", "delete", "left")),
         "records left behind: ns/left/record.json": (
-            lambda: (record.parent.mkdir(parents=True), record.touch()), lambda: (record.unlink(), record.parent.rmdir())),
+            lambda: process.run(["install", "-D", "/dev/null", record]), lambda: shutil.rmtree(record.parent)),
         "processes left behind: ": (vmm, ended),
     }
     for told, (leave, undo) in leaving.items():

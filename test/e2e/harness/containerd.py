@@ -148,8 +148,8 @@ class Containerd:
     def stored_snapshots(self, snapshotter: Path) -> list[str]:
         """Keys of all snapshots that the snapshotter itself has, each with its kind, those included that containerd has taken off
         its own list and not removed yet. A snapshotter serves the same API as containerd, so ctr can ask it."""
-        ctr = [self._programs / "ctr", "--address", snapshotter, "--namespace", self.namespace]
-        done = process.run([*ctr, "snapshots", "--snapshotter", "ovms", "ls"], timeout=self._patience, env=self.env)
+        argv = [str(self._programs / "ctr"), "--address", str(snapshotter), "--namespace", self.namespace]
+        done = process.run([*argv, "snapshots", "--snapshotter", "ovms", "ls"], timeout=self._patience, env=self.env)
         return [f"{fields[0]} ({fields[-1]})" for fields in map(str.split, done.out.splitlines()[1:]) if fields]
 
     def purge(self) -> None:

@@ -151,8 +151,8 @@ def plan(case: Case, place: str, chosen: tuple[str, ...]) -> tuple[list[str], li
     each on which it does not, with the reason."""
     kind = "native" if place == "native" else "stock"
     if kind not in case.guests:
-        reason = {"stock": "its guests are bare-metal ones, which native runs", "native": "it needs an unmodified Debian: direct or nested"}
-        return [], [Outcome(case.name, place, "skipped", 0, reason[kind])]
+        needs = {"stock": "its guests are bare-metal ones, which native runs", "native": "it needs an unmodified Debian: direct or nested"}
+        return [], [Outcome(case.name, place, "skipped", 0, needs[kind])]
     if not case.containerds:
         return [""], []
     meant = case.releases(chosen)
