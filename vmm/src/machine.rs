@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use kvm_bindings::kvm_cpuid_entry2;
 use ovms_config::vm::VmSpec;
+use ovms_devices::log_limit::LogLimit;
 use ovms_devices::machine::{EventSink, MachineEvent};
 use ovms_devices::threads::Spawner;
 use ovms_proto::control::ExitReason;
@@ -20,7 +21,6 @@ use crate::fds::{FdError, Fds};
 use crate::kvm::{self, failed, KvmError, Vm};
 use crate::mailbox::{Mail, Sender};
 use crate::memory::Ram;
-use crate::report;
 use crate::saved::{self, RestoreError, SaveError, Saved};
 use crate::timeline::Recorder;
 use crate::vcpu::gate::{Gate, Wanted};
@@ -308,6 +308,7 @@ fn describe_processors(
 /// Where devices report what ends the machine. The reporting processor stops before its next instruction; the owner
 /// stops the others.
 fn event_sink(mail: Sender, gate: Arc<Gate>) -> EventSink {
+    let crashes = LogLimit::new();
     Arc::new(move |event: MachineEvent| {
         let reason = match event {
             MachineEvent::PowerOff => ExitReason::PowerOff,
@@ -316,8 +317,11 @@ fn event_sink(mail: Sender, gate: Arc<Gate>) -> EventSink {
                 ExitReason::Reset
             }
             MachineEvent::GuestPanic => ExitReason::Panic,
+            // The machine goes on, so a guest can say this for ever.
             MachineEvent::CrashLoaded => {
-                tracing::warn!("the guest's kernel panicked, its crash kernel takes over");
+                if crashes.allows() {
+                    tracing::warn!("the guest's kernel panicked, its crash kernel takes over");
+                }
                 return;
             }
         };
@@ -326,7 +330,37 @@ fn event_sink(mail: Sender, gate: Arc<Gate>) -> EventSink {
     })
 }
 
-/// One line for a failed build.
-pub fn describe(err: &BuildError) -> String {
-    report::chain(err)
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mailbox::Mailbox;
+    use std::sync::Mutex;
+
+    /// Collects what is logged.
+    #[derive(Clone, Default)]
+    struct Log(Arc<Mutex<Vec<u8>>>);
+
+    impl io::Write for Log {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().extend(bytes);
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_guest_that_keeps_saying_that_it_crashed_does_not_flood_the_log() {
+        let (mail, mailbox) = Mailbox::new().unwrap();
+        let gate = Arc::new(Gate::new(1));
+        let sink = event_sink(mail, Arc::clone(&gate));
+        let log = Log::default();
+        let writer = log.clone();
+        let subscriber = tracing_subscriber::fmt().with_writer(move || writer.clone()).finish();
+        tracing::subscriber::with_default(subscriber, || (0..10_000).for_each(|_| sink.report(MachineEvent::CrashLoaded)));
+        let text = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
+        assert_eq!(text.lines().filter(|line| line.contains("crash kernel")).count(), 16, "{text}");
+        assert!(mailbox.take().is_empty() && gate.wanted() != Wanted::Finish, "the machine goes on");
+    }
 }

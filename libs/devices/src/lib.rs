@@ -28,7 +28,7 @@ pub mod console;
 pub mod dirty;
 pub mod irq;
 pub mod legacy;
-mod log_limit;
+pub mod log_limit;
 pub mod machine;
 pub mod pci;
 mod poll;

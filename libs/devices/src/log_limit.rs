@@ -5,18 +5,25 @@ use std::sync::atomic::{AtomicU32, Ordering};
 /// Lines that one source may write.
 const LINES: u32 = 16;
 
-/// How many lines a source has left.
+/// How many lines a source has left. What the machine monitor writes because of a guest is held to it too.
 #[derive(Debug)]
-pub(crate) struct LogLimit(AtomicU32);
+pub struct LogLimit(AtomicU32);
 
 impl LogLimit {
-    pub(crate) const fn new() -> Self {
+    /// All lines are left.
+    pub const fn new() -> Self {
         Self(AtomicU32::new(LINES))
     }
 
     /// Whether one more line may be written.
-    pub(crate) fn allows(&self) -> bool {
+    pub fn allows(&self) -> bool {
         self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_ok()
+    }
+}
+
+impl Default for LogLimit {
+    fn default() -> Self {
+        Self::new()
     }
 }
 
