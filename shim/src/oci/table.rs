@@ -139,7 +139,7 @@ pub(super) const ROWS: &[Row] = &[
     row("linux.resources.hugepageLimits", Ignored, "guest memory is not on hugetlbfs"),
     row("linux.resources.network", Ignored, "the VMM sends nothing of its own"),
     row("linux.resources.rdma", Ignored, "the VMM has no such device"),
-    row("linux.resources.unified", Applied, "on cgroup v2, as written"),
+    row("linux.resources.unified", Applied, "on cgroup v2, as written; on v1 a warning names what has no effect"),
 
     row("vm", Refused(|_, _| Some("kernel, disks and parameters come with the image".into())), "kernel and disks come with the image"),
     row("solaris", Refused(|_, _| Some("this is Linux".into())), "another platform"),

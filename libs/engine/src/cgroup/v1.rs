@@ -9,6 +9,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use super::files::{self, field, fields, number, read, set};
 use super::{file_error, Bounds, OomWatch};
 use crate::error::{Error, Result};
+use crate::spec::Limits;
 use crate::stats::{CgroupVersion, CpuStats, IoStats, MemoryStats, PidStats, Stats};
 
 /// Nanoseconds in a tick of `cpuacct.stat` (USER_HZ is 100 on x86).
@@ -89,6 +90,9 @@ impl V1 {
             let file = if bfq { "blkio.bfq.weight" } else { "blkio.weight" };
             set_number(dir, file, limits.io_weight.filter(|weight| *weight > 0))?;
         }
+        if let Some(warning) = lost(limits) {
+            tracing::warn!("{warning}");
+        }
         Ok(())
     }
 
@@ -133,6 +137,17 @@ impl V1 {
         }
         stats
     }
+}
+
+/// Names what version 1 has no files for.
+fn lost(limits: &Limits) -> Option<String> {
+    let names: Vec<_> = limits.unified.iter().map(|(file, _)| file.as_str()).collect();
+    (!names.is_empty()).then(|| {
+        let names = names.join(", ");
+        format!(
+            "this host has cgroup v1, so these limits of the spec's linux.resources.unified have no effect: {names}"
+        )
+    })
 }
 
 fn no_memory() -> Error {
@@ -251,7 +266,6 @@ pub(super) fn set_text(dir: &Path, file: &str, value: Option<&str>) -> Result<()
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::spec::Limits;
 
     fn fake(dir: &Path) -> V1 {
         let line = |name: &str| format!("1 1 0:1 / {}/{name} rw - cgroup cgroup rw,{name}\n", dir.display());
@@ -280,6 +294,20 @@ mod tests {
         assert!(read("memory", "memory.limit_in_bytes").starts_with("67108864"));
         assert!(read("cpu", "cpu.shares").starts_with("512"));
         assert!(read("cpu", "cpu.cfs_quota_us").starts_with("-1"));
+    }
+
+    #[test]
+    fn limits_for_version_2_alone_are_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let v1 = fake(dir.path());
+        let unified = [("memory.high", "1"), ("io.latency", "2")].map(|(file, value)| (file.into(), value.into()));
+        let limits = Limits { unified: unified.into(), ..Limits::default() };
+        let log = crate::log::tests::captured(|| {
+            v1.apply(&Bounds { limits, ..Bounds::default() }).unwrap();
+            v1.apply(&Bounds::default()).unwrap();
+        });
+        assert_eq!(log.lines().count(), 1, "{log}");
+        assert!(log.contains("linux.resources.unified have no effect: memory.high, io.latency"), "{log}");
     }
 
     #[test]
