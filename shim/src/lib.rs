@@ -54,11 +54,10 @@ fn run(args: &Args) -> Result<()> {
     match args.action {
         Action::Start => {
             // An operator's mistake should be read by the user who starts a container, not by nobody.
-            settings()?;
-            bootstrap::start(args)
+            bootstrap::start(args, &settings()?)
         }
         Action::Serve => serve::serve(args, Arc::new(EngineMaker::new(settings()?))),
-        Action::Delete => bootstrap::delete(args, &settings()?),
+        Action::Delete => bootstrap::delete(args, settings()),
         Action::Info => bootstrap::info(),
         Action::Version => {
             println!("containerd-shim-ovms-v1 {}", env!("CARGO_PKG_VERSION"));

@@ -6,7 +6,7 @@ use std::io::Write;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use containerd_shim_protos::api::{
     ConnectRequest, ConnectResponse, CreateTaskRequest, CreateTaskResponse, DeleteResponse, Empty, ShutdownRequest,
@@ -15,6 +15,7 @@ use containerd_shim_protos::bootstrap_api::BootstrapParams;
 use containerd_shim_protos::protobuf::Message;
 use containerd_shim_protos::types::introspection::RuntimeInfo;
 use containerd_shim_protos::types::mount::Mount;
+use ovms_engine::{ProcessId, Record, State};
 use tempfile::TempDir;
 use ttrpc::asynchronous::{transport::Socket, Client};
 
@@ -54,6 +55,20 @@ impl Bed {
         child.stdin.take().unwrap().write_all(input).unwrap();
         // Waits for the end of both pipes: a server that holds one would hang this as it would hang containerd.
         child.wait_with_output().unwrap()
+    }
+
+    /// Runs it in `dir`, which is removed under it before it begins if `remove` says so.
+    fn run_in(&self, dir: &Path, remove: bool, args: &[&str]) -> Output {
+        let remove = if remove { "rmdir \"$PWD\" && " } else { "" };
+        Command::new("/bin/sh")
+            .args(["-c", &format!("{remove}exec \"$0\" \"$@\""), PROGRAM])
+            .args(["-namespace", "default", "-address", "/run/c.sock", "-publish-binary", "/bin/false", "-id", "vm1"])
+            .args(args)
+            .current_dir(dir)
+            .env("OVMS_CONFIG", self.dir.path().join("ovms.toml"))
+            .stdin(Stdio::null())
+            .output()
+            .unwrap()
     }
 
     fn start(&self) -> PathBuf {
@@ -167,6 +182,112 @@ fn start_with_broken_settings_says_which_key() {
     let output = bed.run(&["start"], b"");
     assert!(!output.status.success(), "{output:?}");
     assert!(String::from_utf8_lossy(&output.stderr).contains("memroy"), "{output:?}");
+}
+
+/// The record of a machine on disk whose VMM is played by a `sleep`.
+struct Machine {
+    vmm: std::process::Child,
+    dir: PathBuf,
+}
+
+impl Machine {
+    fn new(bed: &Bed, instance: Option<String>) -> Self {
+        let vmm = Command::new("sleep").arg("600").spawn().unwrap();
+        let stat = fs::read_to_string(format!("/proc/{}/stat", vmm.id())).unwrap();
+        let start_time = stat.rsplit_once(')').unwrap().1.split_ascii_whitespace().nth(19).unwrap().parse().unwrap();
+        let record = Record {
+            id: "vm1".into(),
+            namespace: "default".into(),
+            state: State::Running,
+            created: SystemTime::now(),
+            process: Some(ProcessId { pid: vmm.id(), start_time }),
+            cgroup: vec![],
+            uid: None,
+            tops: vec![],
+            vcpus: 1,
+            memory: 64 << 20,
+            timeline: vec![],
+            exit: None,
+            instance,
+        };
+        let dir = bed.dir.path().join("run/machines/default/vm1");
+        fs::create_dir_all(&dir).unwrap();
+        fs::write(dir.join("lock"), "").unwrap();
+        fs::write(dir.join("record.json"), serde_json::to_vec(&record).unwrap()).unwrap();
+        Self { vmm, dir }
+    }
+
+    fn lives(&mut self) -> bool {
+        self.vmm.try_wait().unwrap().is_none()
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        let _ = self.vmm.kill();
+        let _ = self.vmm.wait();
+    }
+}
+
+/// A container whose server has ended; what `start` has noted of it.
+async fn left(bed: &Bed) -> Option<String> {
+    let socket = bed.start();
+    let _: Empty = call(&socket, NAMES[0], "Shutdown", &ShutdownRequest::new()).await;
+    let note: serde_json::Value =
+        serde_json::from_slice(&fs::read(bed.bundle().join("ovms-machine.json")).unwrap()).unwrap();
+    Some(note["instance"].as_str().unwrap().to_owned())
+}
+
+#[tokio::test]
+async fn delete_with_broken_settings_cleans_up_from_what_start_has_noted_and_says_so() {
+    let bed = Bed::new();
+    let mut machine = Machine::new(&bed, left(&bed).await);
+    fs::write(bed.dir.path().join("ovms.toml"), "[paths\nruntime =").unwrap();
+    let bundle = bed.bundle().display().to_string();
+    let output = bed.run(&["-bundle", &bundle, "delete"], b"");
+    assert!(output.status.success(), "{output:?}");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.contains("ovms.toml cannot be used") && said.contains("as noted at its start"), "{said}");
+    let answer = DeleteResponse::parse_from_bytes(&output.stdout).unwrap();
+    assert_eq!((answer.pid, answer.exit_status), (machine.vmm.id(), 137));
+    assert!(!machine.lives() && !machine.dir.exists());
+}
+
+#[tokio::test]
+async fn delete_for_an_earlier_container_of_the_id_leaves_the_next_one_alone() {
+    let bed = Bed::new();
+    let earlier = left(&bed).await;
+    let bundle = bed.bundle();
+    // The next one has the same path, and hooks that are due.
+    let old = bed.dir.path().join(".vm1");
+    fs::rename(&bundle, &old).unwrap();
+    fs::create_dir(&bundle).unwrap();
+    let next = left(&bed).await;
+    assert_ne!(earlier, next);
+    let mut machine = Machine::new(&bed, next);
+    let ran = bed.dir.path().join("ran");
+    let hook = serde_json::json!({"path": "/bin/sh", "args": ["sh", "-c", format!("echo >{}", ran.display())]});
+    let spec = serde_json::json!({"ociVersion": "1.2.0", "hooks": {"poststop": [hook]}});
+    fs::write(bundle.join("config.json"), spec.to_string()).unwrap();
+    fs::write(bundle.join("ovms-poststop-due"), "").unwrap();
+    let socket = bed.dir.path().join("socket");
+    fs::write(&socket, "").unwrap();
+    fs::write(bundle.join("address"), format!("unix://{}", socket.display())).unwrap();
+
+    let args = ["-bundle", bundle.to_str().unwrap(), "delete"];
+    // While the earlier bundle is being removed, and when it is gone.
+    let removed = bed.dir.path().join("removed");
+    fs::create_dir(&removed).unwrap();
+    for (place, remove) in [(&old, false), (&removed, true)] {
+        let output = bed.run_in(place, remove, &args);
+        assert!(output.status.success(), "{output:?}");
+        assert!(machine.lives() && machine.dir.join("record.json").exists());
+        assert!(socket.exists() && !ran.exists(), "hooks and socket of the next one");
+        assert_eq!(DeleteResponse::parse_from_bytes(&output.stdout).unwrap().pid, 0);
+    }
+    let output = bed.run(&args, b"");
+    assert!(output.status.success(), "{output:?}");
+    assert!(!machine.lives() && !machine.dir.exists() && !socket.exists() && ran.exists());
 }
 
 #[test]

@@ -16,7 +16,7 @@ use crate::log::{self, LogPipe};
 use crate::machine::{limit_sends, with_overhead, ExitInfo, Machine, State, DEATH};
 use crate::monitor;
 use crate::process::{self, find_vmm, Cradle, Process, Report};
-use crate::record::{self, check_name, Claim, Record, Slot};
+use crate::record::{self, check_name, Claim, Found, Record, Slot};
 use crate::serve::Server;
 use crate::shared::{micros, Inner, Parts, Patience, Remains, SPAWNED};
 use crate::spec::{BootChoice, CreateSpec, OnIncompatible};
@@ -157,28 +157,48 @@ impl Engine {
     }
 
     /// Ends and removes a machine from its record alone, for when its own engine is gone (`shim delete`): kills the VMM
-    /// if it still is the process that the record means, removes cgroup, uid lease and record. Idempotent: `None` if
+    /// if it still is the process that the record means, removes cgroup, uid lease and record. Only the machine that was
+    /// made with `instance` ([`CreateSpec::instance`]) is meant: one that has its name by now stays. Idempotent: `None` if
     /// there is no such machine.
     ///
     /// # Errors
     /// `InvalidArgument` for a name that none can have, `Internal`.
-    pub fn cleanup(&self, namespace: &str, id: &str) -> Result<Option<ExitInfo>> {
+    pub fn cleanup(&self, namespace: &str, id: &str, instance: Option<&str>) -> Result<Option<ExitInfo>> {
         check_name("the machine's id", id)?;
         check_name("the namespace", namespace)?;
-        let runtime = &self.settings.paths.runtime;
-        let Some(record) = record::read(runtime, namespace, id)? else {
-            record::remove(runtime, namespace, id)?;
+        let Some(found) = Found::open(self.runtime(), namespace, id)? else { return Ok(None) };
+        match found.record()? {
+            Some(record) if record.instance.is_some() && record.instance.as_deref() != instance => {
+                tracing::info!(namespace, id, "the machine of this name is another one by now and stays");
+                Ok(None)
+            }
+            record => self.remove(&found, record),
+        }
+    }
+
+    /// Ends and removes the machine of a directory, whichever it is.
+    fn remove(&self, found: &Found, record: Option<Record>) -> Result<Option<ExitInfo>> {
+        let Some(record) = record else {
+            // One that its engine has just begun to make has no record yet.
+            if found.is_stale() {
+                found.remove()?;
+            }
             return Ok(None);
         };
+        let (namespace, id) = (&record.namespace, &record.id);
         if let Some(process) = record.process {
             process::kill_recorded(process, DEATH)
                 .map_err(Error::io(format!("the VMM of machine {namespace}/{id} cannot be killed")))?;
         }
-        cgroup::remove(&record.cgroup);
-        if let Some(uid) = record.uid {
-            uid::reclaim(runtime, uid).map_err(Error::io(format!("the lease of user id {uid} cannot be removed")))?;
+        // Its engine, if it still lives, may have given the name away meanwhile; what is here now is not ours then.
+        if found.is_current() {
+            cgroup::remove(&record.cgroup);
         }
-        record::remove(runtime, namespace, id)?;
+        if let Some(uid) = record.uid {
+            let reclaimed = uid::reclaim(self.runtime(), uid);
+            reclaimed.map_err(Error::io(format!("the lease of user id {uid} cannot be removed")))?;
+        }
+        found.remove()?;
         tracing::info!(namespace, id, "a machine without an engine was removed");
         let killed = || {
             let reason = ExitReason::Killed;
@@ -192,8 +212,10 @@ impl Engine {
     pub fn sweep(&self, namespace: &str) {
         let runtime = &self.settings.paths.runtime;
         for record in self.list().into_iter().filter(|record| record.namespace == namespace) {
-            let Some(_lock) = record::take_stale(runtime, namespace, &record.id) else { continue };
-            if let Err(err) = self.cleanup(namespace, &record.id) {
+            let Ok(Some(found)) = Found::open(runtime, namespace, &record.id) else { continue };
+            // Read again: what was there before we had the lock may be another's.
+            let removed = found.is_stale().then(|| found.record().and_then(|record| self.remove(&found, record)));
+            if let Some(Err(err)) = removed {
                 tracing::warn!(namespace, id = record.id, err = err.chain(), "a machine without an engine stays");
             }
         }
@@ -210,7 +232,7 @@ impl Engine {
             match Slot::claim(&self.settings.paths.runtime, &spec.namespace, &spec.id)? {
                 Claim::Ours(slot) => return Ok(slot),
                 Claim::Taken => break,
-                Claim::Stale(_lock) => self.cleanup(&spec.namespace, &spec.id).map(drop)?,
+                Claim::Stale(found) => found.record().and_then(|record| self.remove(&found, record)).map(drop)?,
             }
         }
         Err(Error::new(Kind::AlreadyExists, format!("there is a machine {}/{} already", spec.namespace, spec.id)))
@@ -310,6 +332,7 @@ fn new_record(spec: &CreateSpec, cgroup: &Cgroup) -> Record {
         memory: 0,
         timeline: Vec::new(),
         exit: None,
+        instance: spec.instance.clone(),
     }
 }
 

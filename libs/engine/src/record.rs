@@ -3,6 +3,7 @@
 
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
@@ -43,6 +44,9 @@ pub struct Record {
     pub timeline: Vec<(String, u64)>,
     /// How it ended, once it has.
     pub exit: Option<ExitInfo>,
+    /// Which one of that name its maker means, if it says ([`crate::CreateSpec::instance`]).
+    #[serde(default)]
+    pub instance: Option<String>,
 }
 
 /// A process that cannot be mistaken for a later one with the same number.
@@ -86,7 +90,7 @@ pub(crate) fn check_name(what: &str, name: &str) -> Result<()> {
 pub(crate) struct Slot {
     dir: PathBuf,
     /// Locked as long as the engine lives: whoever gets the lock knows that nobody looks after the machine any more.
-    _lock: File,
+    lock: File,
 }
 
 /// Who has a name.
@@ -95,9 +99,8 @@ pub(crate) enum Claim {
     Ours(Slot),
     /// A living engine has it.
     Taken,
-    /// An engine that is gone had it; its machine must be cleaned up first, under its lock, or the cleaning could meet
-    /// the next machine of that name.
-    Stale(Option<File>),
+    /// An engine that is gone had it; its machine must be cleaned up first.
+    Stale(Found),
 }
 
 impl Slot {
@@ -111,13 +114,9 @@ impl Slot {
         match fs::DirBuilder::new().mode(0o700).create(&dir) {
             Ok(()) => (),
             Err(err) if err.kind() == io::ErrorKind::AlreadyExists => {
-                return Ok(match lock(&dir) {
-                    Ok(Some(lock)) => Claim::Stale(Some(lock)),
-                    Ok(None) => Claim::Taken,
-                    // Made or removed by somebody else at this moment, or left so by one who died in between.
-                    Err(err) if err.kind() == io::ErrorKind::NotFound && is_old(&dir) => Claim::Stale(None),
-                    Err(err) if err.kind() == io::ErrorKind::NotFound => Claim::Taken,
-                    Err(err) => return Err(error()(err)),
+                return Ok(match Found::open(runtime, namespace, id)? {
+                    Some(found) if found.is_stale() => Claim::Stale(found),
+                    _ => Claim::Taken,
                 });
             }
             Err(err) => return Err(error()(err)),
@@ -125,44 +124,118 @@ impl Slot {
         let options = || File::options().write(true).create_new(true).mode(0o600).open(dir.join(LOCK));
         let file = options().map_err(error())?;
         match file.try_lock() {
-            Ok(()) => Ok(Claim::Ours(Self { dir, _lock: file })),
+            Ok(()) => Ok(Claim::Ours(Self { dir, lock: file })),
             Err(TryLockError::WouldBlock) => Ok(Claim::Taken),
             Err(TryLockError::Error(err)) => Err(error()(err)),
         }
     }
 
-    /// Replaces the record.
+    /// Replaces the record. No change if somebody has removed the machine from outside: the path may be another's.
     pub(crate) fn write(&self, record: &Record) -> Result<()> {
+        if !self.is_ours() {
+            return Ok(());
+        }
         write(&self.dir, record).map_err(Error::io(format!("the record in {} cannot be written", self.dir.display())))
     }
 
-    /// Removes the directory; the name is free then.
+    /// Removes the directory; the name is free then. No change if somebody else has done that.
     pub(crate) fn remove(&self) -> Result<()> {
+        if !self.is_ours() {
+            return Ok(());
+        }
         remove_dir(&self.dir)
+    }
+
+    /// Whether the directory still is the one that was made for this machine.
+    fn is_ours(&self) -> bool {
+        let id = |meta: fs::Metadata| (meta.dev(), meta.ino());
+        let lock = self.lock.metadata().map(id);
+        fs::metadata(self.dir.join(LOCK)).is_ok_and(|now| lock.is_ok_and(|own| own == id(now)))
     }
 }
 
-/// Takes the lock of a machine that no engine looks after any more; `None` if one does.
-pub(crate) fn take_stale(runtime: &Path, namespace: &str, id: &str) -> Option<File> {
-    lock(&dir(runtime, namespace, id)).ok().flatten()
+/// A machine's directory as somebody else than its engine finds it. What is read and removed through it is that
+/// directory's, even if another machine has taken the name, and with it the path, meanwhile.
+#[derive(Debug)]
+pub(crate) struct Found {
+    path: PathBuf,
+    dir: File,
+    /// Held if no engine looks after the machine any more: nobody takes the name before it is let go.
+    lock: Option<File>,
+    /// Nobody will ever lock it: its engine died before it had made the lock.
+    unborn: bool,
+}
+
+impl Found {
+    /// Finds the directory, and takes its lock unless its engine lives; `None`: there is none.
+    pub(crate) fn open(runtime: &Path, namespace: &str, id: &str) -> Result<Option<Self>> {
+        let path = dir(runtime, namespace, id);
+        let error = || Error::io(format!("the machine's directory {} cannot be opened", path.display()));
+        let dir = match File::open(&path) {
+            Ok(dir) => dir,
+            Err(err) if err.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(err) => return Err(error()(err)),
+        };
+        let mut found = Self { path: path.clone(), dir, lock: None, unborn: false };
+        match File::options().write(true).open(found.file(LOCK)) {
+            Ok(file) => match file.try_lock() {
+                // The holder before may have removed it between our open and our lock.
+                Ok(()) => found.lock = Some(file).filter(|_| found.is_current()),
+                Err(TryLockError::WouldBlock) => (),
+                Err(TryLockError::Error(err)) => return Err(error()(err)),
+            },
+            // Made or removed by somebody else at this moment, or left so by one who died in between.
+            Err(err) if err.kind() == io::ErrorKind::NotFound => found.unborn = is_old(&path),
+            Err(err) => return Err(error()(err)),
+        }
+        Ok(Some(found))
+    }
+
+    /// No engine looks after it any more, and none will while this is held.
+    pub(crate) fn is_stale(&self) -> bool {
+        self.lock.is_some() || self.unborn
+    }
+
+    /// Whether it still is what the name means.
+    pub(crate) fn is_current(&self) -> bool {
+        let same = |now: fs::Metadata, own: fs::Metadata| (now.dev(), now.ino()) == (own.dev(), own.ino());
+        fs::metadata(&self.path).is_ok_and(|now| self.dir.metadata().is_ok_and(|own| same(now, own)))
+    }
+
+    /// The record; `None` if none was written.
+    pub(crate) fn record(&self) -> Result<Option<Record>> {
+        read_file(&self.file(RECORD), &self.path)
+    }
+
+    /// Removes it.
+    pub(crate) fn remove(&self) -> Result<()> {
+        let error = || Error::io(format!("the machine's directory {} cannot be removed", self.path.display()));
+        let gone = |err: &io::Error| err.kind() == io::ErrorKind::NotFound;
+        let names = fs::read_dir(self.file(".")).map_err(error())?.flatten().map(|entry| entry.file_name());
+        // The lock last: without it, whoever wants the name would take the directory for one that is just being made.
+        for name in names.filter(|name| name != LOCK).chain([LOCK.into()]) {
+            match fs::remove_file(self.file(name)) {
+                Err(err) if !gone(&err) => return Err(error()(err)),
+                _ => (),
+            }
+        }
+        // A new machine's is not empty, so even one that took the path just now stays.
+        match self.is_current().then(|| fs::remove_dir(&self.path)) {
+            Some(Err(err)) if !gone(&err) && err.kind() != io::ErrorKind::DirectoryNotEmpty => Err(error()(err)),
+            _ => Ok(()),
+        }
+    }
+
+    /// A file of this very directory.
+    fn file(&self, name: impl AsRef<Path>) -> PathBuf {
+        PathBuf::from(format!("/proc/self/fd/{}", self.dir.as_raw_fd())).join(name)
+    }
 }
 
 /// Whether a directory was not changed for longer than it takes to make its lock.
 fn is_old(dir: &Path) -> bool {
     let changed = fs::metadata(dir).and_then(|meta| meta.modified());
     changed.is_ok_and(|changed| changed.elapsed().is_ok_and(|age| age > Duration::from_secs(10)))
-}
-
-/// Takes the lock of a directory that is there; `None` if somebody has it.
-fn lock(dir: &Path) -> io::Result<Option<File>> {
-    let path = dir.join(LOCK);
-    let file = File::options().write(true).open(&path)?;
-    match file.try_lock() {
-        // The holder before may have removed the directory between our open and our lock.
-        Ok(()) if fs::metadata(&path)?.ino() == file.metadata()?.ino() => Ok(Some(file)),
-        Ok(()) | Err(TryLockError::WouldBlock) => Ok(None),
-        Err(TryLockError::Error(err)) => Err(err),
-    }
 }
 
 fn write(dir: &Path, record: &Record) -> io::Result<()> {
@@ -183,20 +256,20 @@ fn write(dir: &Path, record: &Record) -> io::Result<()> {
 
 /// Reads a record; `None` if there is no such machine, or none that came as far as having one.
 pub(crate) fn read(runtime: &Path, namespace: &str, id: &str) -> Result<Option<Record>> {
-    let path = dir(runtime, namespace, id).join(RECORD);
-    let error = || format!("the record {} cannot be read", path.display());
-    match fs::read(&path) {
+    let dir = dir(runtime, namespace, id);
+    read_file(&dir.join(RECORD), &dir)
+}
+
+/// Reads the record that lies in `dir`.
+fn read_file(file: &Path, dir: &Path) -> Result<Option<Record>> {
+    let error = || format!("the record {} cannot be read", dir.join(RECORD).display());
+    match fs::read(file) {
         Ok(bytes) => {
             serde_json::from_slice(&bytes).map(Some).map_err(|err| Error::new(Kind::Internal, error()).because(err))
         }
         Err(err) if err.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(err) => Err(Error::io(error())(err)),
     }
-}
-
-/// Removes what is left of a machine's directory; no error if nothing is.
-pub(crate) fn remove(runtime: &Path, namespace: &str, id: &str) -> Result<()> {
-    remove_dir(&dir(runtime, namespace, id))
 }
 
 fn remove_dir(dir: &Path) -> Result<()> {
@@ -243,6 +316,7 @@ mod tests {
             memory: 512 << 20,
             timeline: vec![("spawned".into(), 12)],
             exit: None,
+            instance: Some("1a".into()),
         }
     }
 
@@ -276,7 +350,7 @@ mod tests {
         assert!(matches!(first, Claim::Ours(_)));
         assert!(matches!(claim(runtime.path()), Claim::Taken));
         drop(first);
-        assert!(matches!(claim(runtime.path()), Claim::Stale(Some(_))));
+        assert!(matches!(claim(runtime.path()), Claim::Stale(_)));
     }
 
     #[test]
@@ -293,5 +367,37 @@ mod tests {
         let _slot = claim(runtime.path());
         fs::write(dir(runtime.path(), "default", "vm1").join(RECORD), b"{").unwrap();
         assert_eq!(read(runtime.path(), "default", "vm1").unwrap_err().kind(), Kind::Internal);
+    }
+
+    #[test]
+    fn what_is_found_and_removed_is_that_machine_and_not_the_next_of_its_name() {
+        let runtime = tempfile::tempdir().unwrap();
+        let path = dir(runtime.path(), "default", "vm1");
+        let Claim::Ours(first) = claim(runtime.path()) else { panic!("the name is free") };
+        first.write(&record()).unwrap();
+        let found = Found::open(runtime.path(), "default", "vm1").unwrap().unwrap();
+        assert!(!found.is_stale() && found.is_current());
+        first.remove().unwrap();
+        let Claim::Ours(second) = claim(runtime.path()) else { panic!("the name is free again") };
+        second.write(&Record { instance: Some("2b".into()), ..record() }).unwrap();
+
+        assert!(!found.is_current());
+        assert_eq!(found.record().unwrap(), None);
+        found.remove().unwrap();
+        first.write(&record()).unwrap();
+        first.remove().unwrap();
+        let left = read_file(&path.join(RECORD), &path).unwrap().unwrap();
+        assert_eq!(left.instance.as_deref(), Some("2b"));
+        assert!(matches!(claim(runtime.path()), Claim::Taken), "the second one still has its lock");
+    }
+
+    #[test]
+    fn nobody_takes_the_name_of_a_stale_machine_while_it_is_being_removed() {
+        let runtime = tempfile::tempdir().unwrap();
+        drop(claim(runtime.path()));
+        let Claim::Stale(found) = claim(runtime.path()) else { panic!("nobody looks after it") };
+        assert!(matches!(claim(runtime.path()), Claim::Taken));
+        found.remove().unwrap();
+        assert!(matches!(claim(runtime.path()), Claim::Ours(_)));
     }
 }

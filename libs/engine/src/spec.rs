@@ -17,6 +17,9 @@ pub struct CreateSpec {
     pub id: String,
     /// containerd's namespace, or `ovm` for the CLI; the same alphabet.
     pub namespace: String,
+    /// Which one of the machines that have this name one after the other it is, for [`crate::Engine::cleanup`]: anything
+    /// that the caller never says twice. `None`: whoever cleans up under this name means it.
+    pub instance: Option<String>,
     /// The bundle's record (`ovms_bundle::Record`), which says what is booted and from which disk.
     pub bundle: PathBuf,
     /// What spec and annotations say about vCPUs and memory; [`crate::sizing::settle`] decides. The image's wishes are
@@ -81,6 +84,7 @@ impl CreateSpec {
         Ok(Self {
             id: self.id.clone(),
             namespace: self.namespace.clone(),
+            instance: self.instance.clone(),
             bundle: self.bundle.clone(),
             wishes: self.wishes.clone(),
             extra_kernel_args: self.extra_kernel_args.clone(),

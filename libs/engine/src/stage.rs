@@ -59,6 +59,7 @@ pub(crate) fn stage_with(origin: impl FnOnce(&Path) -> (Origin, Option<std::fs::
         memory: MEMORY,
         timeline: Vec::new(),
         exit: None,
+        instance: None,
     };
     let child = Program::new("sleep").arg("600").spawn().unwrap();
     let (channel, vmm) = Channel::pair().unwrap();

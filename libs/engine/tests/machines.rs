@@ -344,9 +344,9 @@ fn a_machine_dies_with_its_engine_and_cleanup_removes_the_rest_from_its_record()
     eventually("the VMM leaves", || {
         fs::read_to_string(format!("/proc/{pid}/stat")).map_or(true, |stat| stat.contains(") Z "))
     });
-    let exit = host.engine.cleanup("engine-test", &id).unwrap().unwrap();
+    let exit = host.engine.cleanup("engine-test", &id, None).unwrap().unwrap();
     assert_eq!(exit.status, 137);
-    assert_eq!(host.engine.cleanup("engine-test", &id).unwrap(), None);
+    assert_eq!(host.engine.cleanup("engine-test", &id, None).unwrap(), None);
     for dir in &record.cgroup {
         assert!(!dir.exists(), "{} is left", dir.display());
     }
@@ -359,8 +359,34 @@ fn cleanup_kills_a_machine_that_still_runs() {
     let host = Host::new();
     let (machine, mut console) = host.run("spin");
     console.expect("tick 0\n");
-    let exit = host.engine.cleanup("engine-test", machine.id()).unwrap().unwrap();
+    let exit = host.engine.cleanup("engine-test", machine.id(), None).unwrap().unwrap();
     assert_eq!(exit.status, 137);
     assert_eq!(machine.wait_timeout(Duration::from_secs(5)).unwrap().reason, ExitReason::Killed);
     machine.delete().unwrap();
+}
+
+#[test]
+#[ignore = "needs /dev/kvm and root"]
+fn cleanup_for_an_earlier_machine_of_the_name_leaves_the_next_one_alone() {
+    let host = Host::new();
+    let instance = |id: &str, instance: &str| {
+        let (mut spec, console) = host.spec("spin");
+        (spec.id, spec.instance) = (id.to_owned(), Some(instance.to_owned()));
+        (host.engine.create(spec).unwrap(), console)
+    };
+    let id = common::unique("vm");
+    let (first, _console) = instance(&id, "first");
+    first.delete().unwrap();
+    let (second, mut console) = instance(&id, "second");
+    second.start().unwrap();
+    for earlier in [Some("first"), None] {
+        assert_eq!(host.engine.cleanup("engine-test", &id, earlier).unwrap(), None);
+    }
+    assert_eq!(second.status().state, State::Running);
+    let record = host.engine.load("engine-test", &id).unwrap();
+    assert!(record.cgroup.iter().all(|dir| dir.exists()));
+    console.expect("tick 1\n");
+    let exit = host.engine.cleanup("engine-test", &id, Some("second")).unwrap().unwrap();
+    assert_eq!((exit.status, second.wait().reason), (137, ExitReason::Killed));
+    second.delete().unwrap();
 }

@@ -12,10 +12,12 @@
 //! keeps `delete` and the synthetic exit events of a dead shim for every container.
 mod delete;
 mod info;
+mod note;
 mod params;
 mod socket;
 mod start;
 
 pub use delete::delete;
 pub use info::info;
+pub use note::Note;
 pub use start::start;

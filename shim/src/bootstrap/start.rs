@@ -7,6 +7,9 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::{env, fs, io};
 
+use ovms_config::Settings;
+
+use super::note::Note;
 use super::params::{self, Params};
 use super::socket::{self, Bound};
 use crate::cli::Args;
@@ -20,14 +23,15 @@ pub(super) const ADDRESS_FILE: &str = "address";
 ///
 /// # Errors
 /// When standard input makes no sense, or the socket or the process cannot be made.
-pub fn start(args: &Args) -> Result<()> {
+pub fn start(args: &Args, settings: &Settings) -> Result<()> {
     let params = params::parse(&params::read_stdin()?, args, env::var("TTRPC_ADDRESS").ok())?;
     let path = socket::path(params.socket_dir.as_deref(), &args.address, &args.namespace, &args.id)?;
     let address = format!("unix://{}", path.display());
     match socket::bind(&path)? {
         Bound::Alive => write_address(&address)?,
         Bound::New(listener) => {
-            if let Err(error) = write_address(&address).and_then(|()| spawn(args, &params, &path, listener.into())) {
+            let noted = Note::write(Path::new("."), &settings.paths.runtime).and_then(|()| write_address(&address));
+            if let Err(error) = noted.and_then(|()| spawn(args, &params, &path, listener.into())) {
                 // Nobody will ever listen there.
                 let _ = fs::remove_file(&path);
                 return Err(error);

@@ -14,6 +14,7 @@ use tracing::{info, warn};
 
 use super::container::Container;
 use super::{Slot, Tasks};
+use crate::bootstrap::Note;
 use crate::error::{Error, Kind, Result};
 use crate::events::Event;
 use crate::instance::{Press, Rootfs};
@@ -84,6 +85,7 @@ impl Tasks {
         let spec = CreateSpec {
             began: Some(began),
             passed: vec![("resolved".into(), resolved)],
+            instance: Note::read(&request.bundle).map(|note| note.instance),
             ..spec_of(plan, request, &self.namespace, console)
         };
         let instance = self.maker.create(spec, &image.record)?;
