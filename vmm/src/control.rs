@@ -153,7 +153,7 @@ impl Owner {
                 self.machine.devices().balloon.set_target(*bytes);
             }
             Command::ResizeConsole { columns, rows } => {
-                self.transit(Input::Tell)?;
+                self.transit(Input::Set)?;
                 self.machine.devices().virtio_console.resize(*columns, *rows);
             }
             Command::FreezeDisk { disk } => {

@@ -19,8 +19,10 @@ pub enum Input {
     Pause,
     /// Let them go on.
     Resume,
-    /// Talk to the guest: power button, balloon, console size.
+    /// Talk to the guest: power button, balloon.
     Tell,
+    /// Set what the guest finds when it looks, now or once it runs: console size.
+    Set,
     /// The guest is gone.
     GuestGone,
 }
@@ -70,6 +72,7 @@ pub fn apply(state: MachineState, input: Input) -> Result<(MachineState, Action)
         (Running, Input::Resume) => Ok((Running, Action::Nothing)),
         (Configured, Input::Resume | Input::Tell) => Err(Refused::NotStarted),
         (Running | Paused, Input::Tell) => Ok((state, Action::Nothing)),
+        (Configured | Running | Paused, Input::Set) => Ok((state, Action::Nothing)),
     }
 }
 
@@ -79,7 +82,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn inputs() -> impl Strategy<Value = Vec<Input>> {
-        let all = [Input::Run, Input::Pause, Input::Resume, Input::Tell, Input::GuestGone];
+        let all = [Input::Run, Input::Pause, Input::Resume, Input::Tell, Input::Set, Input::GuestGone];
         proptest::collection::vec(proptest::sample::select(all.to_vec()), 0..40)
     }
 
@@ -108,8 +111,15 @@ mod tests {
 
     #[test]
     fn after_the_end_everything_is_refused() {
-        for input in [Input::Run, Input::Pause, Input::Resume, Input::Tell] {
+        for input in [Input::Run, Input::Pause, Input::Resume, Input::Tell, Input::Set] {
             assert_eq!(apply(MachineState::Exited, input), Err(Refused::Gone));
         }
+    }
+
+    #[test]
+    fn before_the_start_only_what_the_guest_finds_later_can_be_set() {
+        let before = MachineState::Configured;
+        assert_eq!(apply(before, Input::Set), Ok((before, Action::Nothing)));
+        assert_eq!(apply(before, Input::Tell), Err(Refused::NotStarted));
     }
 }

@@ -277,7 +277,7 @@ impl Machine {
         Ok(())
     }
 
-    /// Tells the guest the size of its virtio console; no error if it has none.
+    /// Tells the guest the size of its virtio console, now or when it starts.
     ///
     /// # Errors
     /// `NotFound` if it is gone, `Unavailable` if the VMM hangs.

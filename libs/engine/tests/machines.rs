@@ -390,3 +390,18 @@ fn cleanup_for_an_earlier_machine_of_the_name_leaves_the_next_one_alone() {
     assert_eq!((exit.status, second.wait().reason), (137, ExitReason::Killed));
     second.delete().unwrap();
 }
+
+#[test]
+#[ignore = "needs /dev/kvm and root"]
+fn console_has_the_size_that_was_set_before_the_start() {
+    let host = Host::new();
+    let (spec, _console) = host.spec("spin");
+    let machine = host.engine.create(spec).unwrap();
+    machine.resize_console(132, 43).unwrap();
+    assert_eq!(machine.status().state, State::Created);
+    machine.start().unwrap();
+    machine.resize_console(80, 25).unwrap();
+    machine.kill().unwrap();
+    machine.wait();
+    machine.delete().unwrap();
+}

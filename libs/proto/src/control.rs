@@ -34,7 +34,7 @@ pub enum Command {
         /// Target size of the balloon in bytes; rounded down to 4 KiB pages.
         bytes: u64,
     },
-    /// Tell the guest the size of its virtio console.
+    /// Tell the guest the size of its virtio console; before [`Command::Run`] it is what the guest finds when it starts.
     ResizeConsole {
         /// Width in characters.
         columns: u16,

@@ -5,8 +5,8 @@ use super::{blocking, Tasks};
 use crate::error::Result;
 
 impl Tasks {
-    /// Tells the guest how large the client's terminal is. The serial console has no notion of it; the virtio console
-    /// has. Without a terminal, and before Start, nothing happens.
+    /// Tells the guest how large the client's terminal is; before Start, it is what the guest finds. The serial console
+    /// has no notion of it; the virtio console has. Without a terminal nothing happens.
     ///
     /// # Errors
     /// When there is no such container, or what the machine says.
