@@ -358,7 +358,9 @@ mod tests {
         let log = Log::default();
         let writer = log.clone();
         let subscriber = tracing_subscriber::fmt().with_writer(move || writer.clone()).finish();
-        tracing::subscriber::with_default(subscriber, || (0..10_000).for_each(|_| sink.report(MachineEvent::CrashLoaded)));
+        tracing::subscriber::with_default(subscriber, || {
+            (0..10_000).for_each(|_| sink.report(MachineEvent::CrashLoaded))
+        });
         let text = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
         assert_eq!(text.lines().filter(|line| line.contains("crash kernel")).count(), 16, "{text}");
         assert!(mailbox.take().is_empty() && gate.wanted() != Wanted::Finish, "the machine goes on");

@@ -4,18 +4,18 @@
 //!  client ──stdin fifo──>  VMM reads           the shim holds each fifo open at both ends, so that clients come and
 //!  client <──stdout fifo── VMM writes          go; when the machine has ended it lets go, and they see the end
 //!  logger <──pipe──────────VMM writes          binary://
-//!  file   <────────────────VMM writes          file://
+//!  file   <─thread──pipe───VMM writes          file://
 //! ```
 //! A machine has one console, so everything is on stdout; stderr is opened, since clients wait for its end, and stays
 //! empty. The bytes are raw in both directions with and without a terminal: the guest's own tty does what a pty would.
-//! No byte passes through the shim.
+//! No byte passes through the shim but those for a file ([`relay`]).
 
 mod fifo;
 mod logger;
+mod relay;
 mod uri;
 
 use std::fs::{self, File, OpenOptions};
-use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
@@ -23,6 +23,7 @@ use ovms_engine::Stdio as Console;
 
 use self::fifo::Fifo;
 use self::logger::Logger;
+use self::relay::Relay;
 use self::uri::Target;
 use crate::error::{Error, Result};
 
@@ -46,6 +47,7 @@ pub struct Streams {
     stdout: Option<Fifo>,
     stderr: Option<Fifo>,
     logger: Option<Logger>,
+    relay: Option<Relay>,
 }
 
 impl Streams {
@@ -72,7 +74,11 @@ impl Streams {
                 console.stdout = Some(fifo.writer()?);
                 streams.stdout = Some(fifo);
             }
-            Target::File(path) => console.stdout = Some(append(&path)?),
+            Target::File(path) => {
+                let (relay, output) = Relay::start(append(&path)?)?;
+                console.stdout = Some(output);
+                streams.relay = Some(relay);
+            }
             Target::Binary { program, args } => {
                 let (logger, output) = Logger::start(&program, &args, namespace, id)?;
                 console.stdout = Some(output);
@@ -93,10 +99,13 @@ impl Streams {
         self.stdin = None;
     }
 
-    /// The machine has ended: clients see the end of its streams.
+    /// The machine has ended: clients see the end of its streams, and a file has all of its output.
     pub fn end(&mut self) -> Unread {
         self.stdin = None;
         self.stderr = None;
+        if let Some(relay) = self.relay.take() {
+            relay.finish();
+        }
         Unread { fifo: self.stdout.take() }
     }
 
@@ -122,13 +131,12 @@ impl Unread {
     }
 }
 
-fn append(path: &Path) -> Result<OwnedFd> {
+fn append(path: &Path) -> Result<File> {
     let failed = |source| Error::caused(format!("cannot open the log file {}", path.display()), source);
     if let Some(dir) = path.parent() {
         fs::create_dir_all(dir).map_err(failed)?;
     }
-    let file: File = OpenOptions::new().append(true).create(true).mode(0o644).open(path).map_err(failed)?;
-    Ok(file.into())
+    OpenOptions::new().append(true).create(true).mode(0o644).open(path).map_err(failed)
 }
 
 #[cfg(test)]

@@ -74,10 +74,29 @@ fn file_output_is_appended() {
     let path = dir.path().join("deep/vm.log");
     let stdio = Stdio { stdout: format!("file://{}", path.display()), ..Stdio::default() };
     for word in ["one ", "two"] {
-        let (_streams, console) = Streams::open(&stdio, "default", "vm1").unwrap();
+        let (mut streams, console) = Streams::open(&stdio, "default", "vm1").unwrap();
         File::from(console.stdout.unwrap()).write_all(word.as_bytes()).unwrap();
+        streams.end().release();
     }
     assert_eq!(fs::read_to_string(path).unwrap(), "one two");
+}
+
+/// As the VMM, which may write files of a limited size alone.
+#[test]
+fn file_output_goes_beyond_the_size_of_files_that_the_machine_may_write() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("vm.log");
+    // It is longer than that already.
+    fs::write(&path, vec![b'-'; 100 << 10]).unwrap();
+    let stdio = Stdio { stdout: format!("file://{}", path.display()), ..Stdio::default() };
+    let (mut streams, console) = Streams::open(&stdio, "default", "vm1").unwrap();
+    let script = "trap '' XFSZ; ulimit -f 1; head -c 300000 /dev/zero | tr '\\0' x; echo end";
+    let status = std::process::Command::new("/bin/sh").args(["-c", script]).stdout(console.stdout.unwrap()).status();
+    assert!(status.unwrap().success());
+    streams.end().release();
+    let text = fs::read_to_string(&path).unwrap();
+    assert_eq!(text.len(), (100 << 10) + 300_000 + 4);
+    assert!(text.ends_with("xend\n"));
 }
 
 #[test]
