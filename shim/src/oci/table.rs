@@ -71,7 +71,7 @@ pub(super) const ROWS: &[Row] = &[
     row("hooks.poststart", Applied, "run after Start"),
     row("hooks.poststop", Applied, "run at Delete, or by `delete` when the shim is gone"),
 
-    row("process.terminal", Applied, "with the task's own `terminal`: the client's terminal is the serial console, raw"),
+    row("process.terminal", Ignored, "the task's own `terminal` counts: the client's terminal is the serial console, raw"),
     row("process.consoleSize", Ignored, "clients send ResizePty"),
     row("process.user.uid", Refused(not_root), "only 0: who runs what is up to the guest"),
     row("process.user.gid", Refused(not_root), "only 0"),

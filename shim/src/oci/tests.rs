@@ -1,10 +1,13 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
+use ovms_engine::{BootChoice, CreateSpec, OnIncompatible, Stdio};
 use serde_json::json;
+use tempfile::TempDir;
 
 use super::table::{Treatment, ROWS};
 use super::*;
+use crate::task::{check_args, spec_of, CreateRequest};
 
 const DOCUMENT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/oci-spec.md");
 
@@ -47,7 +50,118 @@ fn every_field_of_the_specification_has_a_row_and_every_row_a_field() {
     assert_eq!(ROWS.len(), rows.len(), "a field has two rows");
 }
 
-/// Each refused field alone, in an otherwise good spec, fails by its name; every other field alone passes.
+/// What is made of a spec, up to the engine's door.
+struct Made {
+    hooks: Hooks,
+    args: Vec<String>,
+    spec: CreateSpec,
+    dir: TempDir,
+}
+
+impl Made {
+    fn of(spec: &Value, dir: TempDir) -> Self {
+        let plan = plan(spec, dir.path()).unwrap_or_else(|err| panic!("{}: {spec}", err.chain()));
+        let (hooks, args) = (plan.hooks.clone(), plan.args.clone());
+        let spec = spec_of(plan, &CreateRequest::default(), "default", Stdio::default());
+        Self { hooks, args, spec, dir }
+    }
+
+    /// The state that a hook has read, if one has run.
+    fn state(&self) -> Option<Value> {
+        serde_json::from_slice(&std::fs::read(self.dir.path().join("state")).ok()?).ok()
+    }
+}
+
+/// Hooks that leave the state that they read in the directory.
+fn hook(dir: &Path) -> Value {
+    json!([{"path": "/bin/sh", "args": ["sh", "-c", format!("/bin/cat >{}/state", dir.display())]}])
+}
+
+/// Whether a field with that value has had its effect. A row that is applied must have a line here.
+fn has_effect(field: &str, value: &Value, made: &Made) -> bool {
+    let (spec, limits, wishes) = (&made.spec, &made.spec.limits, &made.spec.wishes);
+    let (number, text) = (value.as_i64(), value.as_str());
+    match field {
+        "ociVersion" => {
+            made.hooks.create_runtime("vm1", 1).unwrap();
+            made.state().is_some_and(|state| state["ociVersion"] == *value)
+        }
+        "root.readonly" => spec.read_only,
+        "hostname" => Some(spec.hostname.as_str()) == text,
+        "annotations" => {
+            made.hooks.create_runtime("vm1", 1).unwrap();
+            let sizes = (wishes.annotation_vcpus.as_deref(), wishes.annotation_memory.as_deref());
+            let starts = (spec.boot, spec.on_incompatible);
+            sizes == (Some("3"), Some("1G"))
+                && spec.extra_kernel_args.as_deref() == Some("quiet")
+                && starts == (BootChoice::Cold, OnIncompatible::Boot)
+                && made.state().is_some_and(|state| state["annotations"] == *value)
+        }
+        "hooks.prestart" | "hooks.createRuntime" => {
+            made.hooks.create_runtime("vm1", 1).unwrap();
+            made.state().is_some_and(|state| state["status"] == "creating")
+        }
+        "hooks.poststart" => {
+            made.hooks.poststart("vm1", 1);
+            made.state().is_some_and(|state| state["status"] == "running")
+        }
+        "hooks.poststop" => {
+            made.hooks.create_runtime("vm1", 1).unwrap();
+            made.hooks.poststop("vm1");
+            made.state().is_some_and(|state| state["status"] == "stopped")
+        }
+        // Those of the image are others.
+        "process.args" => check_args(&made.args, &["/ovm/boot".into()]).is_err(),
+        "process.oomScoreAdj" => spec.oom_score_adj.map(i64::from) == number,
+        "linux.cgroupsPath" => spec.cgroups_path.as_deref() == text,
+        "linux.resources.memory.limit" => [limits.memory, wishes.spec_memory] == [number; 2],
+        "linux.resources.memory.reservation" => limits.memory_reservation == number,
+        "linux.resources.memory.swap" => limits.memory_swap == number,
+        "linux.resources.cpu.shares" => limits.cpu_shares == value.as_u64(),
+        "linux.resources.cpu.quota" => [limits.cpu_quota, wishes.spec_cpu_quota] == [number; 2],
+        "linux.resources.cpu.period" => [limits.cpu_period, wishes.spec_cpu_period] == [value.as_u64(); 2],
+        "linux.resources.cpu.cpus" => limits.cpuset_cpus.as_deref() == text,
+        "linux.resources.cpu.mems" => limits.cpuset_mems.as_deref() == text,
+        "linux.resources.blockIO.weight" => limits.io_weight.map(i64::from) == number,
+        "linux.resources.unified" => {
+            let all = limits.unified.iter().map(|(file, text)| (file.clone(), json!(text))).collect();
+            *value == Value::Object(all)
+        }
+        _ => panic!("{field} is applied, but nothing says by what that shows"),
+    }
+}
+
+/// Each field that is applied has its effect, which is not there without it.
+#[test]
+fn each_applied_row_has_its_effect() {
+    let every = spec(include_str!("../../tests/specs/every-field.json"));
+    for row in ROWS.iter().filter(|row| matches!(row.treatment, Treatment::Applied)) {
+        let pointer = format!("/{}", row.field.replace('.', "/"));
+        let made = |with: bool| {
+            let (mut spec, dir) = (minimal(), tempfile::tempdir().unwrap());
+            let value = match row.field {
+                "annotations" => json!({"io.ovms.vcpus": "3", "io.ovms.memory": "1G", "io.ovms.kernel-args": "quiet",
+                    "io.ovms.boot": "cold", "io.ovms.on-incompatible": "boot", "else": "x"}),
+                _ if row.field.starts_with("hooks.") => hook(dir.path()),
+                _ => every.pointer(&pointer).unwrap().clone(),
+            };
+            if matches!(row.field, "annotations" | "ociVersion") {
+                put(&mut spec, "/hooks/createRuntime", hook(dir.path()));
+            }
+            if with {
+                put(&mut spec, &pointer, value.clone());
+            }
+            (value, Made::of(&spec, dir))
+        };
+        for with in [true, false] {
+            let (value, made) = made(with);
+            assert_eq!(has_effect(row.field, &value, &made), with, "{} with {value}", row.field);
+        }
+    }
+}
+
+/// Each refused field alone, in an otherwise good spec, fails by its name; every other field alone passes, with a warning
+/// or without.
 #[test]
 fn each_row_is_obeyed() {
     let every = spec(include_str!("../../tests/specs/every-field.json"));

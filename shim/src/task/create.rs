@@ -188,7 +188,7 @@ fn rootfs_source(mounts: &[Mount]) -> Result<PathBuf> {
 }
 
 /// Without an agent nothing but the image's own start can be started.
-fn check_args(asked: &[String], own: &[String]) -> Result<()> {
+pub(crate) fn check_args(asked: &[String], own: &[String]) -> Result<()> {
     if asked == own {
         return Ok(());
     }
@@ -201,7 +201,7 @@ fn check_args(asked: &[String], own: &[String]) -> Result<()> {
     ))
 }
 
-fn spec_of(plan: Plan, request: &Request, namespace: &str, console: ovms_engine::Stdio) -> CreateSpec {
+pub(crate) fn spec_of(plan: Plan, request: &Request, namespace: &str, console: ovms_engine::Stdio) -> CreateSpec {
     CreateSpec {
         id: request.id.clone(),
         namespace: namespace.to_owned(),

@@ -153,6 +153,9 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + '
 }
 
 #[cfg(test)]
+pub(crate) use self::create::{check_args, spec_of};
+
+#[cfg(test)]
 mod stub;
 #[cfg(test)]
 mod tests;
