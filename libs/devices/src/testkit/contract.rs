@@ -81,7 +81,8 @@ fn poke(device: &dyn BusDevice, len: u64, random: &mut Random) {
     }
 }
 
-fn stir(device: &dyn BusDevice, len: u64, seed: u64) {
+/// Does what a mad guest does to a device of `len` bytes.
+pub fn stir(device: &dyn BusDevice, len: u64, seed: u64) {
     let mut random = Random::new(seed);
     for _ in 0..ROUND {
         poke(device, len, &mut random);
@@ -89,7 +90,7 @@ fn stir(device: &dyn BusDevice, len: u64, seed: u64) {
 }
 
 /// What a guest sees that reads the whole range once.
-fn fingerprint(device: &dyn BusDevice, len: u64) -> Vec<u8> {
+pub fn fingerprint(device: &dyn BusDevice, len: u64) -> Vec<u8> {
     (0..len.min(4096))
         .map(|offset| {
             let mut data = [0xff];
