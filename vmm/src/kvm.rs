@@ -172,11 +172,6 @@ impl Vm {
         self.kvm.check_extension(Cap::TscDeadlineTimer)
     }
 
-    /// Whether the host can give guests another TSC frequency than its own.
-    pub fn has_tsc_scaling(&self) -> bool {
-        self.kvm.check_extension(Cap::TscControl)
-    }
-
     /// Names of the capabilities among `wanted` that this host has.
     pub fn capabilities(&self, wanted: &[(Cap, &str)]) -> Vec<String> {
         let present = wanted.iter().filter(|(capability, _)| self.kvm.check_extension(*capability));

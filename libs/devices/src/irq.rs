@@ -1,6 +1,6 @@
 //! How a device interrupts the guest: a pin of the IOAPIC, or a message.
 //!
-//! The traits are implemented by the machine monitor (irqfds, `KVM_SIGNAL_MSI`) and by recording fakes in tests.
+//! The traits are implemented by the machine monitor (`KVM_SIGNAL_MSI`) and by recording fakes in tests.
 //! They are called from vCPU threads and device workers alike, never with a device's lock held for longer than the
 //! call, and must not block.
 

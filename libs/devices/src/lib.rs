@@ -6,8 +6,12 @@
 //!                             │                     └─> PciFunction ──> VirtioPci ──> VirtioDevice ──> Worker thread
 //!                             v                                            │                             │
 //!                        IrqLine / MsiSink / MsixNotifier  <───────────────┴──────── VirtioInterrupt <───┘
-//!                             └──────── implemented above with irqfds and KVM_SIGNAL_MSI
+//!                             └──────── implemented above with KVM_SIGNAL_MSI (ADR 0006)
 //! ```
+//!
+//! A virtio device is a folder after one template ([`virtio`]). What is only registers (all of [`legacy`] but the UART,
+//! [`pci::PvPanic`]) has neither worker nor queues, so it is one file: registers, [`bus::BusDevice`] or
+//! [`pci::PciFunction`], `Persist`, tests. [`pci::PciRoot`] and the interrupt controller are the buses' own.
 //!
 //! Everything a guest writes is hostile: no register access and no descriptor chain may panic, loop without bound or
 //! make the host allocate what the guest asks for. The shared suite in `testkit::contract` holds every device to it.

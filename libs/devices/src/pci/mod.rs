@@ -77,8 +77,7 @@ pub trait BarListener: Send + Sync {
 
 /// Delivers the MSI-X vectors of one function.
 ///
-/// The machine monitor implements it with one irqfd per vector, or takes [`MsiNotifier`] over a plain
-/// [`crate::irq::MsiSink`].
+/// The machine monitor takes [`MsiNotifier`] over its [`crate::irq::MsiSink`].
 pub trait MsixNotifier: Send + Sync {
     /// The guest programmed `vector`: `Some` when it may be delivered now, `None` when it is masked or disabled.
     /// Called on the vCPU thread that wrote the register, and on restore.

@@ -221,7 +221,7 @@ fn entry_index(offset: u64) -> Option<usize> {
     usize::try_from(offset / ENTRY_BYTES).ok()
 }
 
-/// Delivers vectors as plain messages, without irqfds.
+/// Delivers vectors as plain messages.
 pub struct MsiNotifier {
     sink: Arc<dyn MsiSink>,
     messages: Mutex<Vec<Option<MsiMessage>>>,

@@ -54,12 +54,6 @@ impl Serial {
         serial
     }
 
-    /// The sink's gate: after each exit that wrote to this port, a vCPU waits here (see [`ByteSink::wait_room`]) if it
-    /// is full.
-    pub fn backpressure(&self) -> &dyn ByteSink {
-        self.sink.as_ref()
-    }
-
     /// Back to the power-on state. What the host typed stays.
     pub fn reset(&self) {
         self.with_uart(|uart| {

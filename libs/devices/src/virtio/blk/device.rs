@@ -13,7 +13,7 @@ use super::BlockBackend;
 use crate::log_limit::LogLimit;
 use crate::threads::{Spawner, ThreadKind};
 use crate::virtio::worker::Worker;
-use crate::virtio::{read_bytes, ActivateError, ActiveState, ConfigNotifier, QueueProgress, VirtioDevice, TYPE_BLOCK};
+use crate::virtio::{read_bytes, ActivateError, ActiveState, QueueProgress, VirtioDevice, TYPE_BLOCK};
 
 /// Entries of each queue: room for two of the largest requests.
 const QUEUE_SIZE: u16 = 256;
@@ -48,7 +48,6 @@ pub struct Block {
     workers: Vec<Worker>,
     sizes: Vec<u16>,
     features: u64,
-    notifier: ConfigNotifier,
 }
 
 impl Block {
@@ -70,22 +69,7 @@ impl Block {
             Worker::spawn(spawner, ThreadKind::Block, &format!("blk-{index}"), work)
         };
         let workers = (0..queues).map(spawn).collect::<io::Result<Vec<_>>>()?;
-        Ok(Arc::new(Self {
-            capacity,
-            workers,
-            sizes: vec![QUEUE_SIZE; queues.into()],
-            features,
-            notifier: ConfigNotifier::default(),
-            shared,
-        }))
-    }
-
-    /// The backend has grown: shows its size to the driver.
-    pub fn update_capacity(&self) {
-        let sectors = self.shared.backend.size() / SECTOR;
-        if self.capacity.swap(sectors, Ordering::AcqRel) != sectors {
-            self.notifier.notify();
-        }
+        Ok(Arc::new(Self { capacity, workers, sizes: vec![QUEUE_SIZE; queues.into()], features, shared }))
     }
 
     /// `struct virtio_blk_config` (5.2.4).
@@ -136,7 +120,6 @@ impl VirtioDevice for Block {
         if !state.queues.iter().any(|queue| queue.index == 0) {
             return Err(ActivateError::MissingQueue(0));
         }
-        self.notifier.set(Arc::clone(&state.interrupt));
         for queue in state.queues {
             if let Some(worker) = self.workers.get(usize::from(queue.index)) {
                 worker.activate(ActiveState {
@@ -151,7 +134,6 @@ impl VirtioDevice for Block {
     }
 
     fn reset(&self) {
-        self.notifier.clear();
         for worker in &self.workers {
             worker.reset();
         }

@@ -23,8 +23,8 @@ impl Persist for Block {
         Section::encode(KIND, VERSION, &BlockV1 { capacity, read_only: self.shared.backend.is_read_only() })
     }
 
-    /// The driver must find the disk that it was told of: no smaller, and as writable. One that has grown is shown at
-    /// the next [`Block::update_capacity`].
+    /// The driver must find the disk that it was told of: no smaller, and as writable. One that has grown looks as
+    /// before.
     fn restore(&self, section: &Section) -> Result<(), StateError> {
         let state: BlockV1 = section.decode(KIND, VERSION)?;
         let backend = &self.shared.backend;

@@ -164,20 +164,6 @@ fn configuration_shows_capacity_and_limits() {
     assert_eq!(driver.read(0x2100, 4), 0);
 }
 
-#[test]
-fn grown_disk_is_shown_with_a_configuration_interrupt() {
-    let disk = stack(false);
-    let block = Block::new(disk.clone(), &options(1), &Spawner::default()).unwrap();
-    let mut driver = Driver::ready(block.clone(), 0);
-    let generation = driver.read(0x15, 1);
-    disk.grow(DISK * 2).unwrap();
-    block.update_capacity();
-    assert_eq!(driver.read(0x2000, 8), DISK * 2 / 512);
-    assert_ne!(driver.read(0x15, 1), generation);
-    assert_eq!(driver.interrupts.take()[0].data, 0x40);
-    assert_eq!(io(&mut driver, 0, DISK / 512, &[], 512).0, 0);
-}
-
 /// Lets requests through one by one, and counts.
 #[derive(Default)]
 struct Gate {
