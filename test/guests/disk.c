@@ -1,5 +1,6 @@
 /* Reads sector 0 of the first disk and prints it up to its first zero, writes a pattern to the sector that `sector=`
- * names (default 1), flushes, reads it back. With `then=` it waits for a byte on COM1 and does the same to that sector. */
+ * names (default 1), flushes (not with `flush=0`), reads it back. With `then=` it waits for a byte on COM1 and does the
+ * same to that sector; with `wait=1` it waits for another one at the end. */
 #include "blk.h"
 
 static void check(uint64_t sector)
@@ -7,7 +8,8 @@ static void check(uint64_t sector)
     for (unsigned i = 0; i < 512; i++)
         data[i] = (uint8_t)(i * 7 + 3);
     blk_request(1, sector);
-    blk_request(4, 0);
+    if (argument("flush", 1))
+        blk_request(4, 0);
     for (unsigned i = 0; i < 512; i++)
         data[i] = 0;
     blk_request(0, sector);
@@ -15,6 +17,13 @@ static void check(uint64_t sector)
         if (data[i] != (uint8_t)(i * 7 + 3))
             blk_fail("the pattern did not come back");
     print("disk good\n");
+}
+
+static void wait_byte(void)
+{
+    while (!(inb(COM1 + 5) & 1))
+        relax();
+    inb(COM1);
 }
 
 void run(void)
@@ -27,9 +36,10 @@ void run(void)
     print("\n");
     check(argument("sector", 1));
     uint64_t then = argument("then", 0);
-    if (!then)
-        return;
-    while (!(inb(COM1 + 5) & 1))
-        relax();
-    check(then);
+    if (then) {
+        wait_byte();
+        check(then);
+    }
+    if (argument("wait", 0))
+        wait_byte();
 }

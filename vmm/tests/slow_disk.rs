@@ -141,3 +141,20 @@ fn snapshot_and_pause_that_wait_for_the_disk_both_come_about() {
     vmm.command(Command::Resume);
     finish(vmm, &disk, 2);
 }
+
+#[test]
+#[ignore = "needs root and /dev/kvm"]
+fn power_off_waits_for_the_disk_and_others_are_answered_meanwhile() {
+    let place = Stoppable::new();
+    let disk = Disk::new_in(place.path(), 1 << 20);
+    let mut vmm = disk.add_to(Setup::new(guest("disk")).args("sector=9 flush=0 wait=1")).start();
+    vmm.command(Command::Run);
+    vmm.expect("disk good\n");
+    place.stop();
+    vmm.type_text("!");
+    std::thread::sleep(WHILE);
+    assert_owes(&mut vmm, MachineState::Exited);
+    assert!(vmm.try_command(Command::PowerButton).unwrap_err().contains("the guest is gone"));
+    place.go_on();
+    finish(vmm, &disk, 1);
+}

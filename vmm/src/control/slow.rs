@@ -15,6 +15,7 @@ use ovms_proto::control::{Answer, FromVmm, MachineState};
 
 use super::{wait, CommandError, Owner, Served};
 use crate::report;
+use crate::snapshot::TakeError;
 use crate::transition::{self, Action, Input, Refused};
 
 /// How long the owner waits for its devices before it turns to others meanwhile: a disk that is not slow has answered.
@@ -111,8 +112,10 @@ impl Owner {
         self.transit(Input::Tell)?;
         self.refuse_during_snapshot()?;
         let (disk, top) = self.machine.devices().disk_to_freeze(disk, fds)?;
-        self.snapshots.freeze(disk, top);
         self.slow.freeze = Some(request);
+        if !self.snapshots.freeze(disk, top) {
+            self.frozen(Err(report::chain(&TakeError::Panicked)));
+        }
         Ok(())
     }
 
@@ -128,8 +131,7 @@ impl Owner {
     pub(super) fn flush_disks(&mut self) -> bool {
         self.give_up_pauses(&Refused::Gone);
         self.forget_instant();
-        self.snapshots.flush(self.machine.devices().disks.clone());
-        self.slow.flushing = true;
+        self.slow.flushing = self.snapshots.flush(self.machine.devices().disks.clone());
         while self.slow.flushing || self.slow.is_freezing() {
             let Ok(ready) = wait(&self.channel, &self.mailbox, None) else { return true };
             if ready.mail {

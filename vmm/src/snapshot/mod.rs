@@ -187,13 +187,17 @@ impl Snapshots {
     }
 
     /// Freezes a disk, after all that was begun before; [`Notice::Frozen`] tells. Here, since its thread may wait.
-    pub fn freeze(&self, disk: Arc<Stack>, top: TopFiles) {
-        let _ = self.jobs.send(Work::Freeze(disk, top));
+    /// `false`: there is no thread any more.
+    #[must_use]
+    pub fn freeze(&self, disk: Arc<Stack>, top: TopFiles) -> bool {
+        self.jobs.send(Work::Freeze(disk, top)).is_ok()
     }
 
-    /// Flushes the disks that the guest may write, after all that was begun before; [`Notice::Flushed`] tells.
-    pub fn flush(&self, disks: Vec<Arc<Stack>>) {
-        let _ = self.jobs.send(Work::Flush(disks));
+    /// Flushes the disks that the guest may write, after all that was begun before; [`Notice::Flushed`] tells. `false`:
+    /// there is no thread any more.
+    #[must_use]
+    pub fn flush(&self, disks: Vec<Arc<Stack>>) -> bool {
+        self.jobs.send(Work::Flush(disks)).is_ok()
     }
 }
 
