@@ -229,3 +229,67 @@ fn command_for_a_disk_that_is_not_there_is_refused() {
     vmm.type_text("q");
     assert_eq!(vmm.end().0, ExitReason::PowerOff);
 }
+
+/// The two numbers that the guest `rng` has drawn.
+fn drawn() -> [String; 2] {
+    let (reason, said, _) = run(Setup::new(guest("rng")));
+    assert_eq!(reason, ExitReason::PowerOff, "{said}");
+    let words: Vec<_> = said.split_ascii_whitespace().map(str::to_owned).collect();
+    match words.as_slice() {
+        [word, first, second] if word == "random" => [first.clone(), second.clone()],
+        _ => panic!("{said}"),
+    }
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn entropy_source_gives_each_request_of_each_machine_other_bytes() {
+    let mut all = [drawn(), drawn()].concat();
+    assert!(all.iter().all(|number| number.len() > 8), "64 bits that begin with 32 zeroes are no accident: {all:?}");
+    all.sort();
+    all.dedup();
+    assert_eq!(all.len(), 4, "{all:?}");
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn virtio_console_speaks_hears_and_has_the_size_that_was_set_before_the_start() {
+    let mut vmm = Setup::new(guest("hvc")).args("console=hvc0 echo=1").start();
+    vmm.command(Command::ResizeConsole { columns: 132, rows: 43 });
+    vmm.command(Command::Run);
+    vmm.expect("console 132x43\n");
+    vmm.expect("hello from hvc0\n");
+    let typed = "0123456789 typed at once, more than one buffer\n";
+    vmm.type_text(typed);
+    vmm.expect(typed);
+    vmm.type_text("q");
+    let (reason, said, _) = vmm.end();
+    assert_eq!(reason, ExitReason::PowerOff);
+    assert_eq!(said, format!("console 132x43\nhello from hvc0\n{typed}q"));
+}
+
+/// Bytes of memory that a process has.
+fn resident(pid: u32) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap();
+    let line = text.lines().find_map(|line| line.strip_prefix("Rss:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
+}
+
+#[test]
+#[ignore = "needs root and /dev/kvm"]
+fn free_pages_that_the_guest_reports_are_given_back_to_the_host() {
+    const FILL: u64 = 32 << 20;
+    let mut vmm = Setup::new(guest("report")).args("fill=32").start();
+    let empty = resident(vmm.child.id());
+    vmm.command(Command::Run);
+    vmm.expect("filled\n");
+    let full = resident(vmm.child.id());
+    assert!(full > empty + FILL, "{empty} before, {full} full");
+    vmm.type_text("!");
+    vmm.expect("reported\n");
+    let reported = resident(vmm.child.id());
+    assert!(reported + FILL < full + (1 << 20), "{full} full, {reported} reported");
+    vmm.type_text("!");
+    let (reason, said, _) = vmm.end();
+    assert_eq!((reason, said.as_str()), (ExitReason::PowerOff, "filled\nreported\nall zero\n"));
+}
