@@ -177,6 +177,82 @@ fn limits_stand_in_the_cgroup_before_the_guest_runs_and_change_by_update() {
     host.assert_clean(machine.id(), machine.pid(), &record.cgroup);
 }
 
+/// What the first of the files says that is in one of the cgroup's directories.
+fn cgroup_file(dirs: &[PathBuf], files: [&str; 2]) -> String {
+    let all = dirs.iter().flat_map(|dir| files.map(|file| dir.join(file)));
+    all.filter_map(|path| fs::read_to_string(path).ok()).next().map_or_else(String::new, |text| text.trim().to_owned())
+}
+
+#[test]
+#[ignore = "needs /dev/kvm and root"]
+fn cpus_nodes_reservation_and_oom_score_land_where_the_kernel_reads_them() {
+    let host = Host::new();
+    let (mut spec, _console) = host.spec("spin");
+    spec.oom_score_adj = Some(321);
+    spec.limits = Limits {
+        cpuset_cpus: Some("0".into()),
+        cpuset_mems: Some("0".into()),
+        memory_reservation: Some(48 << 20),
+        ..Limits::default()
+    };
+    let machine = host.engine.create(spec).unwrap();
+    let record = host.engine.load("engine-test", machine.id()).unwrap();
+    let own = fs::read_to_string("/proc/self/oom_score_adj").unwrap();
+    let score = fs::read_to_string(format!("/proc/{}/oom_score_adj", machine.pid())).unwrap();
+    assert_eq!(score.trim(), "321", "the test's own is {own}");
+    assert_eq!(cgroup_file(&record.cgroup, ["cpuset.cpus"; 2]), "0");
+    assert_eq!(cgroup_file(&record.cgroup, ["cpuset.mems"; 2]), "0");
+    let reservation = cgroup_file(&record.cgroup, ["memory.soft_limit_in_bytes", "memory.low"]);
+    assert_eq!(reservation, (48 << 20).to_string());
+    // The kernel has heard of it: that is where the VMM's threads may run.
+    assert_eq!(proc_status(machine.pid(), "Cpus_allowed_list"), "0");
+    assert_eq!(proc_status(machine.pid(), "Mems_allowed_list"), "0");
+    machine.start().unwrap();
+    machine.update(&Limits { memory_reservation: Some(40 << 20), ..Limits::default() }).unwrap();
+    let reservation = cgroup_file(&record.cgroup, ["memory.soft_limit_in_bytes", "memory.low"]);
+    assert_eq!(reservation, (40 << 20).to_string());
+    machine.kill().unwrap();
+    machine.wait();
+    machine.delete().unwrap();
+    host.assert_clean(machine.id(), machine.pid(), &record.cgroup);
+}
+
+/// Removes the slices that a test has made, innermost first.
+struct Slices(Vec<PathBuf>);
+
+impl Drop for Slices {
+    fn drop(&mut self) {
+        for dir in &self.0 {
+            let _ = fs::remove_dir(dir);
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs /dev/kvm and root"]
+fn systemds_form_of_a_cgroup_is_a_scope_below_its_nested_slices() {
+    let host = Host::new();
+    let (mut spec, _console) = host.spec("spin");
+    let (id, stem) = (spec.id.clone(), format!("ovmstest{}", std::process::id()));
+    spec.cgroups_path = Some(format!("{stem}-pod.slice:ovms:{id}"));
+    let place = PathBuf::from(format!("{stem}.slice/{stem}-pod.slice/ovms-{id}.scope"));
+    let machine = host.engine.create(spec).unwrap();
+    let record = host.engine.load("engine-test", &id).unwrap();
+    let _slices =
+        Slices(record.cgroup.iter().flat_map(|dir| dir.ancestors().skip(1).take(2)).map(Into::into).collect());
+    assert!(!record.cgroup.is_empty());
+    for dir in &record.cgroup {
+        assert!(dir.ends_with(&place), "{}", dir.display());
+        let inside = fs::read_to_string(dir.join("cgroup.procs")).unwrap();
+        assert_eq!(inside.trim(), machine.pid().to_string(), "{}", dir.display());
+    }
+    assert_eq!(machine.stats().unwrap().memory.limit, (64 << 20) + host.settings.vm.overhead);
+    let told = fs::read_to_string(format!("/proc/{}/cgroup", machine.pid())).unwrap();
+    assert!(told.contains(place.to_str().unwrap()), "{told}");
+    machine.delete().unwrap();
+    host.assert_clean(&id, machine.pid(), &record.cgroup);
+}
+
 #[test]
 #[ignore = "needs /dev/kvm and root"]
 fn a_machine_that_uses_too_much_memory_tells_oom_before_its_exit() {
