@@ -5,7 +5,11 @@
 
 mod common;
 
-use std::fs::File;
+use std::{
+    fs::File,
+    io::{self, Seek, SeekFrom, Write},
+    os::unix::fs::{FileExt, MetadataExt},
+};
 
 use common::{read_all, stack_of, Dir};
 use ovms_disk::{
@@ -66,12 +70,12 @@ fn make() -> impl Strategy<Value = Make> {
     )
 }
 
-/// Makes an image with qemu-img and plays its trace with qemu-io.
-fn build(dir: &Dir, name: &str, make: &Make, backing: Option<&str>) {
+/// Makes an image with qemu-img, above one of a name and format, and plays its trace with qemu-io.
+fn build(dir: &Dir, name: &str, make: &Make, backing: Option<(&str, &str)>) {
     let size = (make.sectors * 512).to_string();
     let mut create = vec!["create", "-q", "-f", "qcow2", "-o", &make.options];
-    if let Some(backing) = backing {
-        create.extend(["-b", backing, "-F", "qcow2"]);
+    if let Some((backing, format)) = backing {
+        create.extend(["-b", backing, "-F", format]);
     }
     create.extend([name, &size]);
     dir.qemu_img(&create);
@@ -94,8 +98,8 @@ fn build(dir: &Dir, name: &str, make: &Make, backing: Option<&str>) {
         }
         let packed = format!("{name}.packed");
         let mut convert = vec!["convert", "-q", "-c", "-f", "qcow2", "-O", "qcow2", "-o", &options];
-        if let Some(backing) = backing {
-            convert.extend(["-B", backing, "-F", "qcow2"]);
+        if let Some((backing, format)) = backing {
+            convert.extend(["-B", backing, "-F", format]);
         }
         convert.extend([name, &packed]);
         dir.qemu_img(&convert);
@@ -114,7 +118,7 @@ proptest! {
         let Some(dir) = Dir::with_qemu() else { return Ok(()) };
         let names: Vec<String> = (0..makes.len()).map(|i| format!("l{i}.qcow2")).collect();
         for (i, make) in makes.iter().enumerate() {
-            let backing = i.checked_sub(1).map(|b| names[b].as_str());
+            let backing = i.checked_sub(1).map(|b| (names[b].as_str(), "qcow2"));
             build(&dir, &names[i], make, backing);
         }
         dir.qemu_img(&["convert", "-q", "-f", "qcow2", "-O", "raw", names.last().unwrap(), "want.raw"]);
@@ -122,6 +126,33 @@ proptest! {
             dir.qemu_img(&["rebase", "-u", "-f", "qcow2", "-b", "", name]);
         }
         let stack = stack_of(&dir, &names.iter().map(|n| (n.as_str(), Format::Qcow2)).collect::<Vec<_>>(), None);
+        let want = std::fs::read(dir.path("want.raw")).unwrap();
+        prop_assert_eq!(stack.size(), want.len() as u64);
+        prop_assert!(read_all(&stack) == want);
+    }
+
+    /// A raw file with holes, of any number of sectors, reads as QEMU reads it, alone and under a qcow2 diff of another size.
+    #[test]
+    fn diff_on_a_sparse_raw_base_reads_alike(
+        sectors in 1..12_000_u64,
+        pieces in prop::collection::vec((0..12_000_u64, 1..300_u64, 0..4_u8), 0..8),
+        diff in make(),
+    ) {
+        let Some(dir) = Dir::with_qemu() else { return Ok(()) };
+        let base = dir.file("base.raw");
+        base.set_len(sectors * 512).unwrap();
+        for (at, length, fill) in &pieces {
+            let at = at % sectors;
+            let length = (*length).min(sectors - at);
+            // A fill of 0 is data that happens to be zeros, no hole.
+            base.write_all_at(&vec![*fill; length as usize * 512], at * 512).unwrap();
+        }
+        let alone = stack_of(&dir, &[("base.raw", Format::Raw)], None);
+        prop_assert!(read_all(&alone) == std::fs::read(dir.path("base.raw")).unwrap());
+        build(&dir, "diff.qcow2", &diff, Some(("base.raw", "raw")));
+        dir.qemu_img(&["convert", "-q", "-f", "qcow2", "-O", "raw", "diff.qcow2", "want.raw"]);
+        dir.qemu_img(&["rebase", "-u", "-f", "qcow2", "-b", "", "diff.qcow2"]);
+        let stack = stack_of(&dir, &[("base.raw", Format::Raw), ("diff.qcow2", Format::Qcow2)], None);
         let want = std::fs::read(dir.path("want.raw")).unwrap();
         prop_assert_eq!(stack.size(), want.len() as u64);
         prop_assert!(read_all(&stack) == want);
@@ -231,4 +262,65 @@ fn deep_stack_of_140_layers_reads_alike() {
     table.write_to(&file).unwrap();
     let stack = Stack::open(StackFiles { table: file, layers, frozen: vec![], top: None }, true).unwrap();
     assert!(read_all(&stack) == model);
+}
+
+/// Leaves holes where whole blocks are zeros, so that a large image costs what it holds.
+struct Sparse(File);
+
+impl Write for Sparse {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        for block in bytes.chunks(4096) {
+            if *block == [0; 4096][..block.len()] {
+                self.0.seek(SeekFrom::Current(block.len() as i64))?;
+            } else {
+                self.0.write_all(block)?;
+            }
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A disk of several GiB with a write into most of its clusters: more than one L2 table (512 MiB each) and more than one
+/// block of refcounts (2 GiB of file) go out, and QEMU finds them sound and the bytes where they were written.
+#[test]
+fn diff_beyond_one_refcount_block_is_sound_for_qemu() {
+    const CLUSTER: u64 = 64 * KIB;
+    let Some(dir) = Dir::with_qemu_on_tmpfs() else { return };
+    let size = (3 << 30) + 5 * 512;
+    dir.file("base.raw").set_len(size).unwrap();
+    Top::create(&dir.file("top0.data"), &dir.file("top0.map"), size).unwrap();
+    let stack = stack_of(&dir, &[("base.raw", Format::Raw)], Some("top0"));
+    let model = dir.file("model.raw");
+    model.set_len(size).unwrap();
+    let write = |at: u64, bytes: &[u8]| {
+        stack.write_at(at, bytes).unwrap();
+        model.write_all_at(bytes, at).unwrap();
+    };
+    // Three of four clusters of the first 2.9 GiB, each somewhere else in its cluster; and the disk's last sector.
+    let clusters = (0..46_000_u64).filter(|cluster| cluster % 4 != 3);
+    let mut written = 0;
+    for cluster in clusters {
+        write(cluster * CLUSTER + cluster % 128 * 512, &[cluster as u8 | 1; 512]);
+        written += 1;
+    }
+    write(size - 512, &[0xEE; 512]);
+    stack.flush().unwrap();
+    drop(stack);
+    let stack = open_frozen(&dir, &["top0".into()]);
+
+    let plan = Plan::diff(&stack).unwrap();
+    let mut file = Sparse(dir.file("diff.qcow2"));
+    plan.write_to(&mut file).unwrap();
+    file.0.set_len(plan.file_size()).unwrap();
+
+    let refcount_block = 2 << 30;
+    assert!(written * CLUSTER > refcount_block && plan.file_size() > refcount_block + 7 * CLUSTER);
+    assert!(file.0.metadata().unwrap().blocks() * 512 < 512 << 20, "the test fills the disk");
+    dir.qemu_img(&["check", "-q", "-f", "qcow2", "diff.qcow2"]);
+    dir.qemu_img(&["rebase", "-u", "-f", "qcow2", "-b", "base.raw", "-F", "raw", "diff.qcow2"]);
+    dir.qemu_img(&["compare", "-q", "-f", "qcow2", "-F", "raw", "diff.qcow2", "model.raw"]);
 }

@@ -4,7 +4,7 @@
 
 use std::{
     fs::{File, OpenOptions},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::Command,
 };
 
@@ -27,11 +27,21 @@ impl Dir {
 
     /// `None`, with a loud word, where there is no `qemu-img`.
     pub fn with_qemu() -> Option<Dir> {
+        Self::with_qemu_below(&std::env::temp_dir())
+    }
+
+    /// The same on tmpfs, where there is one: for files whose thousands of extents a disk takes minutes to write.
+    pub fn with_qemu_on_tmpfs() -> Option<Dir> {
+        let shm = Path::new("/dev/shm");
+        Self::with_qemu_below(if shm.is_dir() { shm } else { Path::new("/tmp") })
+    }
+
+    fn with_qemu_below(parent: &Path) -> Option<Dir> {
         if Command::new("qemu-img").arg("--version").output().is_err() {
             eprintln!("SKIPPED: qemu-img is not installed (Debian: qemu-utils), nothing was compared");
             return None;
         }
-        let dir = Dir::new();
+        let dir = Dir(tempfile::tempdir_in(parent).unwrap());
         let mut state = 1_u64;
         let noise: Vec<u8> = (0..200_000)
             .map(|i| {
