@@ -183,6 +183,9 @@ const NUMBERS: &[(u32, u32, Register, u32, u32, &str)] = &[
     (0x8000_0008, 0, Register::Eax, 8, 0xff, "bits of a linear address"),
 ];
 
+/// Components of processor state that have a place of their own in what XSAVE writes: their leaf 0xd sub-leaves.
+const COMPONENTS: std::ops::Range<u32> = 2..63;
+
 /// Whether a processor with CPUID `host` can do all that `guest` was shown.
 pub(crate) fn check(guest: &[CpuidEntry], host: &[CpuidEntry]) -> Result<(), Incompatible> {
     let needed = vendor(guest);
@@ -196,6 +199,19 @@ pub(crate) fn check(guest: &[CpuidEntry], host: &[CpuidEntry]) -> Result<(), Inc
         let (needed, found) = (number(guest), number(host));
         if needed > found {
             return Err(Incompatible::Number { what, found, needed });
+        }
+    }
+    check_components(guest, host)
+}
+
+/// The guest looks for each component where CPUID has told it, and the host's processor writes it where its own place is.
+fn check_components(guest: &[CpuidEntry], host: &[CpuidEntry]) -> Result<(), Incompatible> {
+    for component in COMPONENTS {
+        let place = |cpuid| [Register::Eax, Register::Ebx].map(|register| value(cpuid, 0xd, component, register));
+        let (needed, found) = (place(guest), place(host));
+        if needed != [0; 2] && needed != found {
+            let say = |[size, offset]: [u32; 2]| format!("{size} bytes at {offset}");
+            return Err(Incompatible::Component { component, found: say(found), needed: say(needed) });
         }
     }
     Ok(())

@@ -123,6 +123,16 @@ pub enum Incompatible {
         /// Of the snapshot.
         needed: u64,
     },
+    /// A part of the processor's state that this host's processors keep elsewhere.
+    #[error("component {component} of the processor state that XSAVE keeps: found {found}, needed {needed}")]
+    Component {
+        /// Its number: a sub-leaf of CPUID leaf 0xd.
+        component: u32,
+        /// Size and offset on this host.
+        found: String,
+        /// Size and offset that the guest was told.
+        needed: String,
+    },
     /// A KVM capability.
     #[error("the KVM capability {needed}: found {found}")]
     Capability {
@@ -361,6 +371,22 @@ mod tests {
             assert!(err.contains(want), "{err}");
             guest.check(&guest).unwrap();
         }
+    }
+
+    #[test]
+    fn state_that_the_host_keeps_elsewhere_is_refused() {
+        // Protection keys: processors without AVX-512 keep them at another place than those with it.
+        let with = |size, offset| {
+            let mut print = print();
+            print.cpuid.push(leaf(0xd, 9, [size, offset, 0, 0]));
+            print
+        };
+        with(8, 832).check(&with(8, 832)).unwrap();
+        print().check(&with(8, 2432)).unwrap();
+        let say = |host: Fingerprint| with(8, 832).check(&host).unwrap_err().to_string();
+        let of = "component 9 of the processor state that XSAVE keeps: found";
+        assert_eq!(say(with(8, 2432)), format!("{of} 8 bytes at 2432, needed 8 bytes at 832"));
+        assert_eq!(say(print()), format!("{of} 0 bytes at 0, needed 8 bytes at 832"));
     }
 
     #[test]
