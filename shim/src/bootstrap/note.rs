@@ -24,12 +24,14 @@ pub struct Note {
 }
 
 impl Note {
-    /// Writes a new one into `bundle`.
+    /// Writes it into `bundle`. A second start there is one of the same container.
     pub(super) fn write(bundle: &Path, runtime: &Path) -> Result<()> {
-        let mut random = [0; RANDOM];
         let failed = |e: io::Error| Error::caused(format!("cannot write the file {FILE} in the bundle"), e);
-        File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut random)).map_err(failed)?;
-        let note = Self { instance: hex::encode(random), runtime: runtime.to_owned() };
+        let instance = match Self::read(bundle) {
+            Some(note) => note.instance,
+            None => random().map_err(failed)?,
+        };
+        let note = Self { instance, runtime: runtime.to_owned() };
         let unfinished = bundle.join(format!(".{FILE}"));
         serde_json::to_vec(&note)
             .map_err(io::Error::from)
@@ -44,19 +46,27 @@ impl Note {
     }
 }
 
+fn random() -> io::Result<String> {
+    let mut bytes = [0; RANDOM];
+    File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+    Ok(hex::encode(bytes))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn no_two_notes_name_one_machine() {
-        let dir = tempfile::tempdir().unwrap();
-        assert_eq!(Note::read(dir.path()), None);
-        let notes = [(); 2].map(|()| {
-            Note::write(dir.path(), Path::new("/run/ovms")).unwrap();
-            Note::read(dir.path()).unwrap()
-        });
-        assert_ne!(notes[0].instance, notes[1].instance);
-        assert_eq!(notes[1].runtime, Path::new("/run/ovms"));
+    fn each_bundle_names_a_machine_of_its_own_whenever_it_is_written() {
+        let bundles = [(); 2].map(|()| tempfile::tempdir().unwrap());
+        assert_eq!(Note::read(bundles[0].path()), None);
+        let write = |bundle: &tempfile::TempDir, runtime: &str| {
+            Note::write(bundle.path(), Path::new(runtime)).unwrap();
+            Note::read(bundle.path()).unwrap()
+        };
+        let [first, second] = bundles.each_ref().map(|bundle| write(bundle, "/run/ovms"));
+        assert_ne!(first.instance, second.instance);
+        let again = write(&bundles[0], "/run/other");
+        assert_eq!(again, Note { runtime: "/run/other".into(), ..first });
     }
 }
