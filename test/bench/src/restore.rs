@@ -21,6 +21,7 @@ use std::collections::BTreeMap;
 use std::error::Error;
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use ovms_proto::control::Command as Ask;
@@ -29,6 +30,10 @@ use ovms_state::{unpack, Blob, Limits};
 use self::vmm::{floor, micros, Machine, Set, Source};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
+
+/// Before each start, floor or VMM: the kernel goes on freeing what the machine before had, the longer the larger that was,
+/// which is a part of its end and not of the next one's start.
+const SETTLE: Duration = Duration::from_millis(20);
 
 /// What is measured.
 struct Bench {
@@ -72,7 +77,9 @@ fn main() -> Result<()> {
     let mut steps = BTreeMap::<String, Vec<u64>>::new();
     // The first pair warms the page cache and is not counted.
     for run in 0..=runs {
+        sleep(SETTLE);
         let (least, slot) = floor(&bench.floor, bench.memory)?;
+        sleep(SETTLE);
         let restored = bench.restore(&ram)?;
         if run > 0 {
             floors.push(micros(least));
