@@ -15,7 +15,7 @@ static void check(uint64_t sector)
     blk_request(0, sector);
     for (unsigned i = 0; i < 512; i++)
         if (data[i] != (uint8_t)(i * 7 + 3))
-            blk_fail("the pattern did not come back");
+            virtio_fail("the pattern did not come back");
     print("disk good\n");
 }
 

@@ -2,6 +2,7 @@
 
 mod common;
 
+use std::fs::File;
 use std::time::Duration;
 
 use common::{guest, Disk, Setup, Stoppable, Vmm};
@@ -10,17 +11,17 @@ use ovms_proto::control::{Answer, Command, ExitReason, MachineState, SnapshotCom
 /// Longer than the owner waits before it turns to others.
 const WHILE: Duration = Duration::from_millis(300);
 
-/// The guest `disk`, of which a write is in flight on a file system that has stopped.
-fn stuck(place: &Stoppable) -> (Vmm, Disk) {
-    let disk = Disk::new_in(place.path(), 1 << 20);
+/// The guest `disk`, of which a write is in flight on a file system that has stopped, and the files of another top.
+fn stuck(place: &Stoppable) -> (Vmm, Disk, [File; 2]) {
+    let mut disk = Disk::new_in(place.path(), 1 << 20);
     let mut vmm = disk.add_to(Setup::new(guest("disk")).args("sector=3 then=9")).start();
+    let top = disk.add_top();
     vmm.command(Command::Run);
     vmm.expect("disk good\n");
     place.stop();
     vmm.type_text("!");
     std::thread::sleep(WHILE);
-    assert!(!vmm.drain().contains("disk good\ndisk good"), "the disk has stopped");
-    (vmm, disk)
+    (vmm, disk, top)
 }
 
 fn assert_owes(vmm: &mut Vmm, state: MachineState) {
@@ -40,7 +41,7 @@ fn finish(mut vmm: Vmm, disk: &Disk, tops: usize) {
 #[ignore = "needs root and /dev/kvm"]
 fn pause_waits_for_the_disk_and_others_are_answered_meanwhile() {
     let place = Stoppable::new();
-    let (mut vmm, disk) = stuck(&place);
+    let (mut vmm, disk, _) = stuck(&place);
     let pauses = [(); 2].map(|()| vmm.ask(Command::Pause, &[]));
     std::thread::sleep(WHILE);
     assert_owes(&mut vmm, MachineState::Running);
@@ -60,7 +61,7 @@ fn pause_waits_for_the_disk_and_others_are_answered_meanwhile() {
 #[ignore = "needs root and /dev/kvm"]
 fn resume_gives_up_a_pause_that_waits_for_the_disk() {
     let place = Stoppable::new();
-    let (mut vmm, disk) = stuck(&place);
+    let (mut vmm, disk, _) = stuck(&place);
     let pause = vmm.ask(Command::Pause, &[]);
     std::thread::sleep(WHILE);
     vmm.command(Command::Resume);
@@ -75,15 +76,8 @@ fn resume_gives_up_a_pause_that_waits_for_the_disk() {
 #[ignore = "needs root and /dev/kvm"]
 fn freeze_waits_for_the_disk_and_others_are_answered_meanwhile() {
     let place = Stoppable::new();
-    let mut disk = Disk::new_in(place.path(), 1 << 20);
-    let mut vmm = disk.add_to(Setup::new(guest("disk")).args("sector=3 then=9")).start();
-    let top = disk.add_top();
+    let (mut vmm, disk, top) = stuck(&place);
     let again = top.each_ref().map(|file| file.try_clone().unwrap());
-    vmm.command(Command::Run);
-    vmm.expect("disk good\n");
-    place.stop();
-    vmm.type_text("!");
-    std::thread::sleep(WHILE);
     let freeze = vmm.ask(Command::FreezeDisk { disk: 0 }, &top);
     std::thread::sleep(WHILE);
     assert_owes(&mut vmm, MachineState::Running);
@@ -99,14 +93,7 @@ fn freeze_waits_for_the_disk_and_others_are_answered_meanwhile() {
 #[ignore = "needs root and /dev/kvm"]
 fn snapshot_whose_instant_waits_for_the_disk_can_be_cancelled() {
     let place = Stoppable::new();
-    let mut disk = Disk::new_in(place.path(), 1 << 20);
-    let mut vmm = disk.add_to(Setup::new(guest("disk")).args("sector=3 then=9")).start();
-    let [data, map] = disk.add_top();
-    vmm.command(Command::Run);
-    vmm.expect("disk good\n");
-    place.stop();
-    vmm.type_text("!");
-    std::thread::sleep(WHILE);
+    let (mut vmm, disk, [data, map]) = stuck(&place);
     let blob = tempfile::tempfile().unwrap();
     let snapshot = vmm.ask(Command::Snapshot(SnapshotCommand::default()), &[blob, data, map]);
     std::thread::sleep(3 * WHILE);
@@ -121,14 +108,7 @@ fn snapshot_whose_instant_waits_for_the_disk_can_be_cancelled() {
 #[ignore = "needs root and /dev/kvm"]
 fn snapshot_and_pause_that_wait_for_the_disk_both_come_about() {
     let place = Stoppable::new();
-    let mut disk = Disk::new_in(place.path(), 1 << 20);
-    let mut vmm = disk.add_to(Setup::new(guest("disk")).args("sector=3 then=9")).start();
-    let [data, map] = disk.add_top();
-    vmm.command(Command::Run);
-    vmm.expect("disk good\n");
-    place.stop();
-    vmm.type_text("!");
-    std::thread::sleep(WHILE);
+    let (mut vmm, disk, [data, map]) = stuck(&place);
     let blob = tempfile::tempfile().unwrap();
     let snapshot = vmm.ask(Command::Snapshot(SnapshotCommand::default()), &[blob, data, map]);
     let pause = vmm.ask(Command::Pause, &[]);
