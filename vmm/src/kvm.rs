@@ -119,11 +119,11 @@ impl Vm {
         Ok(vm)
     }
 
-    /// Gives it `ram` as its memory. Where the MMU is shadowed the kernel takes the longer the larger that is.
+    /// Gives it `ram` as its memory, once. Where the MMU is shadowed the kernel takes the longer the larger that is.
     ///
     /// # Errors
     /// [`KvmError`].
-    pub fn with_memory(self, ram: &Ram) -> Result<Self, KvmError> {
+    pub fn add_memory(&self, ram: &Ram) -> Result<(), KvmError> {
         for (slot, region) in (0u32..).zip(ram.memory().iter()) {
             let description = kvm_userspace_memory_region {
                 slot,
@@ -136,7 +136,7 @@ impl Vm {
             // overlap because regions do not.
             unsafe { self.fd.set_user_memory_region(description) }.map_err(failed("KVM_SET_USER_MEMORY_REGION"))?;
         }
-        Ok(self)
+        Ok(())
     }
 
     /// Pages that KVM needs for real mode on Intel processors without unrestricted guests; elsewhere they cost nothing.

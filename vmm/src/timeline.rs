@@ -24,8 +24,14 @@ impl Recorder {
 
     /// Notes that `step` has been passed.
     pub fn passed(&mut self, step: &str) {
-        let now = self.micros();
-        self.timeline.steps.push((step.to_owned(), now));
+        self.passed_at(step, Instant::now());
+    }
+
+    /// Notes that `step` was passed at `at`, on another thread.
+    pub fn passed_at(&mut self, step: &str, at: Instant) {
+        let micros = u64::try_from(at.saturating_duration_since(self.begin).as_micros()).unwrap_or(u64::MAX);
+        let place = self.timeline.steps.partition_point(|(_, earlier)| *earlier <= micros);
+        self.timeline.steps.insert(place, (step.to_owned(), micros));
     }
 
     /// All steps so far.

@@ -198,7 +198,8 @@ mod tests {
     fn writes_of_this_process_are_in_the_next_look_and_only_there() {
         let ram = Ram::map(64 << 20).unwrap();
         let kvm = File::options().read(true).write(true).open("/dev/kvm").unwrap();
-        let vm = Arc::new(Vm::new(kvm.into()).unwrap().with_memory(&ram).unwrap());
+        let vm = Arc::new(Vm::new(kvm.into()).unwrap());
+        vm.add_memory(&ram).unwrap();
         let log = Log::new(vm, View::new(&ram));
         let look = || {
             let set = ChunkSet::new(1024);

@@ -253,7 +253,8 @@ mod tests {
         let ram = Ram::map(32 << 20).unwrap();
         let kvm = File::options().read(true).write(true).open("/dev/kvm").unwrap();
         let supported = Kvm::new().unwrap().get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).unwrap();
-        let vm = Vm::new(kvm.into()).unwrap().with_memory(&ram).unwrap();
+        let vm = Vm::new(kvm.into()).unwrap();
+        vm.add_memory(&ram).unwrap();
         let vcpu = Vcpu::new(&vm, index).unwrap();
         let topology = Topology { vcpus: 2, tsc_deadline: vm.has_tsc_deadline_timer() };
         vcpu.lock().set_cpuid2(&cpuid::for_vcpu(supported.as_slice(), topology, index).unwrap()).unwrap();
