@@ -5,6 +5,7 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use ovms_config::vm::{
     ConsoleConfig, DiskConfig, JailConfig, RestoreConfig, StartConfig, TopConfig, VmConfig, VmSpec, VM_CONFIG_VERSION,
@@ -28,6 +29,8 @@ use vmm_sys_util::eventfd::EventFd;
 pub const BASE: &str = "sha256:1111111111111111111111111111111111111111111111111111111111111111";
 /// A name for a diff on it.
 const DIFF: &str = "sha256:2222222222222222222222222222222222222222222222222222222222222222";
+/// How long devices may take to stand.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Takes interrupts and doorbells, and does nothing with them.
 struct Nowhere;
@@ -185,7 +188,7 @@ pub fn is_restored(head: &Head, sections: &[Section], ram: &Ram) -> bool {
     again.restore(&all).unwrap_or_else(|err| panic!("what was saved is refused: {err}"));
     assert_same(&once, &again.devices.save().unwrap());
     machine.devices.resume();
-    machine.devices.pause();
+    assert!(machine.devices.hold(Instant::now() + PATIENCE), "the devices stand again");
     machine.devices.save().unwrap();
     true
 }
