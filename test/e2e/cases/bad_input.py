@@ -248,8 +248,8 @@ def the_snapshotter_is_down(bed: Bed) -> None:
     sockets = (bed.ovms.bundle_socket, bed.ovms.bundle_socket.with_suffix(".away"))
     sockets[0].rename(sockets[1])
     bed.refused(lambda: bed.vm(image, "vm", "--rm", status=None),
-                f"the ovms snapshotter does not answer on {sockets[0]}: is ovms-snapshotter running (`systemctl start "
-                "ovms-snapshotter.socket`)?: No such file or directory")
+                f"the ovms snapshotter does not answer on {sockets[0]}: start it (`systemctl start ovms-bundle.socket`), or set "
+                "paths.bundle_socket in ovms.toml to where it listens: No such file or directory")
     sockets[1].rename(sockets[0])
     before = picture.take(bed)
     bed.ovms.stop_snapshotter()
