@@ -5,10 +5,11 @@ mod common;
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
-use std::process::{Child, Output, Stdio};
+use std::path::PathBuf;
+use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use common::Host;
+use common::{Host, Said};
 use nix::pty::openpty;
 use nix::sys::signal::{kill, Signal};
 use nix::sys::termios::{tcgetattr, LocalFlags};
@@ -34,7 +35,8 @@ impl Host {
     /// Nothing of any machine is left.
     fn assert_clean(&self) {
         for dir in ["state/run", "runtime/machines/ovm", "runtime/uids"] {
-            assert_eq!(fs::read_dir(self.dir.path().join(dir)).unwrap().count(), 0, "{dir}");
+            // What nothing was ever put into may not be there.
+            assert_eq!(fs::read_dir(self.dir.path().join(dir)).into_iter().flatten().count(), 0, "{dir}");
         }
     }
 }
@@ -199,4 +201,46 @@ fn what_is_no_image_is_told_before_anything_is_made() {
     let output = host.command().args(["run", "/no/such/layout"]).output().unwrap();
     assert_eq!(output.status.code(), Some(66), "{}", String::from_utf8_lossy(&output.stderr));
     assert!(!host.dir.path().join("runtime").exists());
+}
+
+/// A cgroup of the devices hierarchy that keeps its processes from /dev/kvm; removed with this.
+struct WithoutKvm(PathBuf);
+
+impl WithoutKvm {
+    fn new() -> Self {
+        let dir = PathBuf::from(format!("/sys/fs/cgroup/devices/ovms-test-{}", std::process::id()));
+        fs::create_dir(&dir).expect("the devices hierarchy of cgroup v1");
+        // Documentation/admin-guide/devices.txt of the kernel: character device 10:232.
+        fs::write(dir.join("devices.deny"), "c 10:232 rwm").unwrap();
+        Self(dir)
+    }
+}
+
+impl Drop for WithoutKvm {
+    fn drop(&mut self) {
+        let _gone = fs::remove_dir(&self.0);
+    }
+}
+
+#[test]
+#[ignore = "needs root, /dev/kvm and cgroup v1"]
+fn dev_kvm_that_may_not_be_opened_is_named_with_the_way_out() {
+    let (host, cgroup) = (Host::new(5), WithoutKvm::new());
+    let command = host.command();
+    let (ovm, layout) = (command.get_program().to_owned(), host.layout("hello"));
+    let enter = format!("echo $$ > {}/cgroup.procs && exec \"$@\"", cgroup.0.display());
+    let mut inside = Command::new("sh");
+    inside.args(["-c", &enter, "sh"]).arg(ovm).arg("run").arg(layout).stdin(Stdio::null());
+    inside.envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
+
+    let said: Said = inside.output().unwrap().into();
+
+    assert_ne!(said.code, Some(0));
+    assert!(
+        said.err.contains("/dev/kvm may not be opened: run as root; in a container, allow it the device"),
+        "{}",
+        said.err
+    );
+    assert!(!said.err.contains("panicked") && said.out.is_empty(), "{}{}", said.out, said.err);
+    host.assert_clean();
 }

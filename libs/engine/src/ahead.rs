@@ -125,7 +125,7 @@ fn open_kvm(path: &Path) -> Result<File> {
                 "is missing: switch virtualization on in the firmware and load kvm_intel or kvm_amd; in a virtual machine, \
                  ask for nested virtualization"
             }
-            io::ErrorKind::PermissionDenied => "may not be opened: run as root, or as a member of the group kvm",
+            io::ErrorKind::PermissionDenied => "may not be opened: run as root; in a container, allow it the device",
             _ => "cannot be opened",
         };
         Error::new(Kind::Unavailable, format!("the hypervisor device {} {help}", path.display())).because(err)
