@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -39,6 +40,7 @@ def measure(runs: int) -> Iterator[Figure]:
     yield from _images(runs)
     yield from _clones()
     yield from _standstill()
+    yield from _of_containerd(runs // 4 + 1)
 
 
 @contextmanager
@@ -291,3 +293,43 @@ def _stood(kind: str, where: str, below: str, mib: int, most: int, *flags: str) 
     # A clone of a file on disk whose guest writes more is measured, and nothing promised.
     promised = most != _UNBOUNDED or below == _TMPFS
     return bounded(name, worst, "ms", 10) if promised else Figure(name, round(worst, 3), "ms")
+
+
+def _of_containerd(runs: int) -> Iterator[Figure]:
+    """Snapshots of machines that containerd started: how long the guest stands while it writes to its disk, and how fast
+    `ctr task checkpoint` saves one."""
+    with native_bed() as bed:
+        console = bed.detached("tally", "vm")
+        words = [bed.ovms.ovm("snapshot", f"{bed.namespace}/vm", "-t", f"localhost/stood:{run}", "-o", str(bed.dir / f"stood{run}")).text
+                 for run in range(runs)]
+        stood = [float(re.search(r"stood still for ([0-9.]+) ms", text)[1]) for text in words]  # type: ignore[index]
+        bed.await_console(console, "count ")
+        yield bounded(f"stand-still for ovm snapshot of a machine of containerd's that writes to its disk, worst of {runs}", max(stood), "ms", 10)
+    with native_bed() as bed:
+        layout = bed.dir / "filled"
+        # What it writes compresses to about half.
+        process.run([program("ovm"), "build", "--kernel", _guest("dirty"), "--args", "mib=96 fill=1 rate=1", "--name", "filled",
+                     "--version", "1", "--tag", "localhost/filled:1", "--memory", "128M", "-o", layout], env=bed.ovms.env)
+        image = bed.import_for_ovms(layout)
+        console = bed.dir / "filled.console"
+        bed.vm(image, "vm", "-d", "--log-uri", f"file://{console}")
+        bed.await_console(console, "dirty")
+        saved, written, size = [], [], 0
+        for run in range(runs):
+            into = bed.dir / f"saved{run}"
+            saved.append(_timed(lambda into=into: bed.containerd.ctr("task", "checkpoint", "--image-path", into, "vm")))
+            blob = (into / "ram").read_bytes()
+            size = len(blob)
+            written.append(_timed(lambda into=into, blob=blob: _write(into / "copy", blob)))
+            shutil.rmtree(into)
+            # ctr names what it makes by the second.
+            time.sleep(1.1)
+        yield Figure(f"ctr task checkpoint of 128 MiB, 96 of them written, to a blob of {size >> 20} MiB", round(statistics.median(saved), 1),
+                     "ms", f"the same bytes written and synced {statistics.median(written):.1f} ms",
+                     round(statistics.median(saved) / statistics.median(written), 3))
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        os.fsync(file.fileno())
