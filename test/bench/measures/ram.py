@@ -170,7 +170,7 @@ def _ram_image(bed: Bed, args: str, mib: int, *flags: str) -> str:
                  "--tag", "localhost/resume:1", "--memory", f"{mib}M", "-o", layout], env=bed.ovms.env)
     base = bed.registry.push(layout, f"{tag}:1", "--preserve-digests")
     bed.containerd.ctr("images", "pull", "--plain-http", "--snapshotter", "ovms", base)
-    console = bed.dir / "origin.console"
+    console = bed.dir / f"{tag}.console"
     bed.vm(base, "origin", "-d", "--log-uri", f"file://{console}")
     bed.await_console(console, "waiting")
     ref = bed.registry.ref(f"{tag}:ram")
