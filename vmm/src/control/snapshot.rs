@@ -106,6 +106,7 @@ impl Owner {
             parent: command.parent.clone(),
             vcpus: self.machine.vcpus(),
             disks: tops.iter().map(|(disk, _)| Arc::clone(disk)).collect(),
+            standing: self.state != MachineState::Running,
         });
         let (phase, stood) = (Phase::Copying, Duration::ZERO);
         self.current = Some(Current { request, stop: command.stop, taking, tops, phase, stood, failure: None });

@@ -38,6 +38,7 @@ pub(super) struct Job {
     pub tracker: Arc<Tracker>,
     pub instant: mpsc::Receiver<Taken>,
     pub cancelled: Arc<AtomicBool>,
+    pub standing: bool,
 }
 
 /// What the thread is told to do.
@@ -85,7 +86,7 @@ impl Taker {
     }
 
     fn take(&self, job: Job) -> Result<SnapshotReport, TakeError> {
-        let Job { blob, parent, vcpus, disks, tracker, instant, cancelled } = job;
+        let Job { blob, parent, vcpus, disks, tracker, instant, cancelled, standing } = job;
         let whole = parent.is_none();
         let writer = SnapshotWriter::create(blob, tracker.view().ram().size(), parent)?;
         let known = self.host.memory.as_ref().filter(|_| !whole).map(Arc::clone);
@@ -93,16 +94,19 @@ impl Taker {
         // What is flushed now need not be after the instant.
         disks.iter().try_for_each(|disk| disk.flush())?;
         tracker.begin(&self.host, whole)?;
-        let rounds = self.copy_before(&tracker, &copier)?;
+        let rounds = self.copy_before(&tracker, &copier, standing)?;
         self.tell(Notice::Ready);
         let Taken { fingerprint, sections, held, left } = instant.recv().map_err(|_| TakeError::Cancelled)?;
         match (held, tracker.barrier()) {
             (Held::Barrier, Some(barrier)) => self.sweep(&tracker, &copier, &barrier)?,
             (Held::Staged, _) => {
                 let (chunks, bytes) = tracker.take_staged();
-                self.work(Arc::new(Staged::new(&copier, chunks, bytes)))?;
+                self.work(Arc::new(Staged::new(&copier, chunks, bytes)), standing)?;
             }
-            _ => self.work(Arc::new(Round::new(&copier, tracker.pending())))?,
+            _ => {
+                let standing = standing || held == Held::Standing;
+                self.work(Arc::new(Round::new(&copier, tracker.pending())), standing)?;
+            }
         }
         copier.check()?;
         if held == Held::Standing {
@@ -124,12 +128,12 @@ impl Taker {
     }
 
     /// Copies in rounds until the instant may come; returns how many there were.
-    fn copy_before(&self, tracker: &Tracker, copier: &Arc<Copier>) -> Result<u32, TakeError> {
+    fn copy_before(&self, tracker: &Tracker, copier: &Arc<Copier>, standing: bool) -> Result<u32, TakeError> {
         let barrier = tracker.make_ready(&self.host);
         let limits = if barrier { Limits::BARRIER } else { Limits::STANDING };
         let mut plan = Plan::new(limits, tracker.pending().count());
         loop {
-            self.work(Arc::new(Round::new(copier, tracker.pending())))?;
+            self.work(Arc::new(Round::new(copier, tracker.pending())), standing)?;
             copier.check()?;
             tracker.look()?;
             let left = tracker.pending().count();
@@ -159,12 +163,16 @@ impl Taker {
         Ok(())
     }
 
-    /// Has the crew do `task`.
-    fn work(&self, task: Arc<dyn Task>) -> Result<(), TakeError> {
+    /// Has the crew do `task`. It leaves one processor to the guest; while that stands, this thread takes a share.
+    fn work(&self, task: Arc<dyn Task>, standing: bool) -> Result<(), TakeError> {
         let mut busy = self.crew.give(&task);
         if busy == 0 {
             return Err(TakeError::Panicked);
         }
+        if standing && catch_unwind(AssertUnwindSafe(|| task.work())).is_err() {
+            task.panicked();
+        }
+        drop(task);
         while busy > 0 {
             wait_readable(&[self.crew.as_raw_fd()]).map_err(TakeError::Barrier)?;
             busy = busy.saturating_sub(self.crew.finished());

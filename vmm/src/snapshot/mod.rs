@@ -110,6 +110,8 @@ pub struct Order {
     pub vcpus: u32,
     /// The disks whose tops are frozen at the instant.
     pub disks: Vec<Arc<Stack>>,
+    /// The guest stands anyway, so its processors are free for the copy.
+    pub standing: bool,
 }
 
 /// Takes snapshots of one machine.
@@ -168,7 +170,7 @@ impl Snapshots {
 
     /// Begins to take one. The one before must be over.
     pub fn begin(&self, order: Order) -> Taking {
-        let Order { blob, parent, vcpus, disks } = order;
+        let Order { blob, parent, vcpus, disks, standing } = order;
         let tracker = Arc::new(Tracker::new(Arc::clone(&self.vm), &self.ram, self.restored));
         let (taken, instant) = mpsc::channel();
         let cancelled = Arc::new(AtomicBool::new(false));
@@ -180,6 +182,7 @@ impl Snapshots {
             tracker: Arc::clone(&tracker),
             instant,
             cancelled: Arc::clone(&cancelled),
+            standing,
         };
         // The thread lives as long as the process; were it gone, nobody would ever be ready.
         let _ = self.jobs.send(Work::Take(Box::new(job)));
