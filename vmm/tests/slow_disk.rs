@@ -21,6 +21,7 @@ fn stuck(place: &Stoppable) -> (Vmm, Disk, [File; 2]) {
     place.stop();
     vmm.type_text("!");
     std::thread::sleep(WHILE);
+    assert!(!vmm.drain().contains("disk good\ndisk good"), "the disk has stopped");
     (vmm, disk, top)
 }
 
