@@ -3,11 +3,13 @@
 
 use std::{
     fs::{self, File},
-    io::{self, Read, Write},
+    io::{self, Write},
+    os::unix::fs::{FileExt, OpenOptionsExt},
     path::{Path, PathBuf},
+    thread,
 };
 
-use ovms_artifact::digest::Hasher;
+use ovms_artifact::digest::{Digest, Hasher};
 use ovms_disk::{qcow2::Plan, Stack, StackFiles, TopFiles};
 
 use crate::{
@@ -47,25 +49,23 @@ impl SnapshotDir {
         self.create(SNAPSHOT_RAM)
     }
 
-    /// Digest and size of the RAM blob, once it is complete.
+    /// Makes the RAM blob durable, once it is complete, and says its digest and size. `ram` is what
+    /// [`SnapshotDir::create_ram`] gave: a file opened later would not be told what went wrong on the disk before.
     ///
     /// # Errors
     /// [`Error::Io`], [`Error::Cancelled`].
-    pub fn measure_ram(&self, cancelled: &dyn Fn() -> bool) -> Result<(String, u64)> {
+    pub fn seal_ram(&self, ram: &File, cancelled: &dyn Fn() -> bool) -> Result<(String, u64)> {
         let path = self.dir.join(SNAPSHOT_RAM);
-        let mut file = File::open(&path).map_err(Error::io("open", &path))?;
-        let (mut hasher, mut buffer) = (Hasher::new(), vec![0; STEP]);
-        loop {
-            if cancelled() {
-                return Err(Error::Cancelled);
-            }
-            match file.read(&mut buffer).map_err(Error::io("read", &path))? {
-                0 => break,
-                read => hasher.update(buffer.get(..read).unwrap_or_default()),
-            }
-        }
-        let size = hasher.size();
-        Ok((hasher.finish().to_string(), size))
+        // The disk and a processor work at the same time; neither needs the other's result.
+        let (synced, hashed) = thread::scope(|scope| {
+            let synced = scope.spawn(|| ram.sync_all());
+            let hashed = hash(ram, cancelled);
+            (synced.join(), hashed)
+        });
+        let (digest, size) = hashed.map_err(Error::io("read", &path))?.ok_or(Error::Cancelled)?;
+        let synced = synced.unwrap_or_else(|_| Err(io::Error::other("its thread panicked")));
+        synced.map_err(Error::io("sync", &path))?;
+        Ok((digest.to_string(), size))
     }
 
     /// Writes what the disk's frozen tops add to its layers.
@@ -96,7 +96,6 @@ impl SnapshotDir {
     }
 
     fn create(&self, name: &str) -> Result<File> {
-        use std::os::unix::fs::OpenOptionsExt;
         let path = self.dir.join(name);
         let file = File::options().read(true).write(true).create_new(true).mode(0o600).open(&path);
         file.map_err(Error::io("create", path))
@@ -113,6 +112,19 @@ impl Drop for SnapshotDir {
             let _ = fs::remove_file(self.dir.join(name));
         }
     }
+}
+
+/// Digest and size of a whole file; `None` if somebody has cancelled.
+fn hash(file: &File, cancelled: &dyn Fn() -> bool) -> io::Result<Option<(Digest, u64)>> {
+    let (mut hasher, mut buffer) = (Hasher::new(), vec![0; STEP]);
+    while !cancelled() {
+        let size = hasher.size();
+        match file.read_at(&mut buffer, size)? {
+            0 => return Ok(Some((hasher.finish(), size))),
+            read => hasher.update(buffer.get(..read).unwrap_or_default()),
+        }
+    }
+    Ok(None)
 }
 
 /// The disk as its layers and frozen tops have it, without the writable top, whose machine goes on.
@@ -156,7 +168,6 @@ impl Write for Hashing<'_> {
 mod tests {
     use super::*;
     use crate::{create_top, Manifest, SnapshotRam, TopPaths, SNAPSHOT_VERSION};
-    use ovms_artifact::digest::Digest;
     use ovms_disk::{Table, Top};
 
     const SIZE: u64 = 1 << 20;
@@ -194,9 +205,10 @@ mod tests {
     fn a_finished_directory_holds_what_its_record_says() {
         let (files, dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let snapshot = SnapshotDir::begin(dir.path()).unwrap();
-        snapshot.create_ram().unwrap().write_all(b"memory").unwrap();
+        let mut blob = snapshot.create_ram().unwrap();
+        blob.write_all(b"memory").unwrap();
         let disk = snapshot.write_disk(&disk(files.path()), &|| false).unwrap();
-        let ram = snapshot.measure_ram(&|| false).unwrap();
+        let ram = snapshot.seal_ram(&blob, &|| false).unwrap();
         snapshot.finish(&record(ram, disk)).unwrap();
 
         let loaded = SnapshotRecord::load(dir.path()).unwrap();
@@ -214,8 +226,9 @@ mod tests {
         let (files, dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let disk = disk(files.path());
         let snapshot = SnapshotDir::begin(dir.path()).unwrap();
-        snapshot.create_ram().unwrap().write_all(b"memory").unwrap();
-        assert!(matches!(snapshot.measure_ram(&|| true), Err(Error::Cancelled)));
+        let mut blob = snapshot.create_ram().unwrap();
+        blob.write_all(b"memory").unwrap();
+        assert!(matches!(snapshot.seal_ram(&blob, &|| true), Err(Error::Cancelled)));
         assert!(matches!(snapshot.write_disk(&disk, &|| true), Err(Error::Cancelled)));
         drop(snapshot);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);

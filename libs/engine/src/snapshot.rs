@@ -23,6 +23,10 @@ use crate::launch::bundle_kind;
 use crate::machine::{answer_to, gone, refusal, Machine, State};
 use crate::shared::{Inner, Shared};
 
+mod writeback;
+
+use writeback::Writeback;
+
 /// How often somebody who waits looks whether he is still wanted.
 const LOOK: Duration = Duration::from_millis(50);
 /// How often he says that it goes on.
@@ -135,6 +139,7 @@ impl Taking<'_> {
         fds.extend(top.iter().flat_map(|top| [top.files.data.as_fd(), top.files.map.as_fd()]));
         inner.shared().taken = None;
         let sent = self.machine.send(&Command::Snapshot(command), &fds);
+        let writeback = Writeback::of(&blob);
         let instant = sent.and_then(|id| self.instant(id).map(|stood| (id, stood)));
         if let (Err(_), Some(top)) = (&instant, top) {
             // Where the VMM gave no answer nobody knows, and a new top that is empty does no harm.
@@ -145,12 +150,12 @@ impl Taking<'_> {
         let (id, stood_micros) = instant?;
         (self.progress)(&format!("the guest stood still for {stood_micros} µs"));
         let report = self.completion(id)?;
-        drop(turn);
+        drop((turn, writeback));
 
         (self.progress)("the memory is written; disk and digests follow");
         let cancelled = self.cancelled;
         let (ram, disk) = thread::scope(|scope| {
-            let ram = scope.spawn(|| dir.measure_ram(cancelled));
+            let ram = scope.spawn(|| dir.seal_ram(&blob, cancelled));
             let disk = record
                 .disk
                 .clone()

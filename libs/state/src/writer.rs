@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  put ──compress──> claim a place ──pwrite──> note it     (only claiming and noting are under the lock)
-//!  finish: drop dead space if it is worth it, then index, sections, head, prefix; sync
+//!  finish: drop dead space if it is worth it, then index, sections, head, prefix
 //! ```
 //! Until `finish` returns, the file has no prefix and is no RAM snapshot.
 
@@ -168,8 +168,8 @@ impl SnapshotWriter {
         slots.dead = slots.dead.saturating_add(old.map_or(0, |old| u64::from(old.length)));
     }
 
-    /// Completes the blob: drops dead space where it is worth it, writes index, sections, head and prefix, and syncs the
-    /// file. Blocks as long as the disk needs.
+    /// Completes the blob: drops dead space where it is worth it, writes index, sections, head and prefix. Whoever
+    /// publishes the file syncs it before.
     ///
     /// # Errors
     /// [`SnapshotError::Unwritable`] if a section cannot be stored, [`SnapshotError::Io`].
@@ -192,7 +192,6 @@ impl SnapshotWriter {
             sections: Vec::new(),
         };
         let bytes = write_tail(&self.file, &head, &mut document, tail, sections)?;
-        self.file.sync_all().map_err(SnapshotError::io("sync the RAM snapshot"))?;
         let stored = || entries.iter().flatten().filter(|entry| entry.kind != Kind::Zero);
         let content = stored().map(|entry| chunk_len(head.memory, u64::from(entry.chunk)) as u64).sum();
         Ok(Summary { bytes, content, chunks: stored().count() as u64 })
