@@ -87,7 +87,7 @@ pub fn run(args: &Args) -> Result<(), CliError> {
         args.full || lacks_parents(&machine, &loaded.parts.ram_snapshots.iter().map(|b| b.digest).collect::<Vec<_>>());
 
     // For the engine, on the store's file system.
-    let dir = Scratch::make(&settings.paths.state).map_err(CliError::io)?;
+    let dir = Scratch::in_state(&settings.paths.state).map_err(CliError::io)?;
     take(&settings, &machine, &ToMachine::Snapshot { dir: dir.path().to_owned(), full, stop: args.stop }, args.quiet)?;
     let sink: Box<dyn Sink> = match &args.output {
         Some(dir) => Box::new(DirSink::create(dir)?),

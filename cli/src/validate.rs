@@ -18,6 +18,7 @@ use ovms_config::Settings;
 use crate::error::CliError;
 use crate::images;
 use crate::progress::Steps;
+use crate::scratch::Scratch;
 use crate::text;
 
 /// What `ovm validate` takes.
@@ -92,7 +93,7 @@ fn unpack(settings: &Settings, layout: &Layout, image: &Descriptor, steps: &Step
         max_boot_file: settings.limits.boot_file,
         max_ram: Some(settings.ram.max_memory),
     };
-    let dir = tempfile::Builder::new().prefix("ovm-validate-").tempdir().map_err(CliError::io)?;
+    let dir = Scratch::in_tmp().map_err(CliError::io)?;
     let cache = Cache::open(&dir.path().join("cache"), options)?;
     steps.following(|tell| cache.unpack(layout, image, tell))?;
     Ok(())

@@ -318,3 +318,31 @@ def ovm_run_dies_while_it_restores(bed: Bed) -> None:
             return met
 
         steps.until_hit(step, attempt)
+
+
+@case(guests=("native",), containerds=(), seconds=60)
+def ovm_validate_dies(bed: Bed) -> None:
+    """`ovm validate` is killed while it unpacks somebody's memory: the next one removes that, and leaves nothing of its own."""
+    tally.stored_with_ram(bed, "ram:1", "256M", "bulk")
+    tmp = bed.dir / "validating"
+    tmp.mkdir()
+    argv = ["env", f"TMPDIR={tmp}", str(bed.ovms.program("ovm")), "validate", "--tag", "ram:1", str(bed.ovms.state / "store")]
+
+    def unpacking() -> list[Path]:
+        return [path for path in tmp.glob("*/cache/ram/.*.new/memory") if _blocks(path)]
+
+    step = Step("RAM is unpacked", unpacking, lambda: list(tmp.glob("*/cache/ram/[!.]*/memory")))
+
+    def attempt() -> bool:
+        with _session(bed, argv) as session:
+            met = steps.kill_within(step, lambda: [session.pid], session.running, bed.patience)
+            session.wait(status=None)
+        left = list(tmp.iterdir())
+        check(bool(left) or not met, "a kill has left nothing, so nothing is shown of who removes it")
+        process.until("its worker is gone", lambda: not _processes("ovms-layer-worker"), bed.patience)
+        process.run(argv, env=bed.ovms.env, timeout=bed.patience * 2)
+        left = list(tmp.iterdir())
+        check(not left, f"the next one has left {left}")
+        return met
+
+    steps.until_hit(step, attempt)
