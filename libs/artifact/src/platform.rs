@@ -34,10 +34,15 @@ pub fn is_ours(entry: &oci::Descriptor) -> bool {
     fit(entry) != Fit::None
 }
 
-/// The image or nested index to go on with: the first that says linux/amd64, else the first that says no platform.
+/// The images and nested indexes that can be for us, best first: those that say linux/amd64, then those that say no platform.
+pub fn candidates(entries: &[oci::Descriptor]) -> impl Iterator<Item = &oci::Descriptor> {
+    let all = |wanted: Fit| entries.iter().filter(move |entry| fit(entry) == wanted);
+    all(Fit::Ours).chain(all(Fit::Any))
+}
+
+/// The image or nested index to go on with.
 pub fn choose(entries: &[oci::Descriptor]) -> Option<&oci::Descriptor> {
-    let first = |wanted: Fit| entries.iter().find(|entry| fit(entry) == wanted);
-    first(Fit::Ours).or_else(|| first(Fit::Any))
+    candidates(entries).next()
 }
 
 #[cfg(test)]

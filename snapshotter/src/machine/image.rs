@@ -1,9 +1,12 @@
 //! Images without a descriptor layer, as `oras push --config` makes them: their manifest is found through the
 //! container's record, since the snapshots know nothing of it.
 
+use std::collections::HashSet;
+
 use ovms_artifact::digest::Digest;
 use ovms_artifact::image::{parse_manifest, Blob, Parts, Resolved, MAX_DOCUMENT};
 use ovms_artifact::manifest::{Manifest, MAX_MANIFEST};
+use ovms_artifact::platform::{self, MAX_INDEX_DEPTH};
 use ovms_artifact::{media, oci};
 
 use super::refused;
@@ -87,14 +90,25 @@ async fn documents(
     if !media::is_index(&target.media_type) {
         return manifest_documents(containerd, scope, digest).await;
     }
-    let bytes = containerd.read_small(scope, digest, MAX_DOCUMENT).await?;
-    let index: oci::ImageIndex =
-        serde_json::from_slice(&bytes).map_err(|err| refused("the image index cannot be read", err))?;
     let mut last = Error::not_found("the image index has no manifest for linux/amd64 with the container's layers");
-    for entry in index.manifests() {
-        // Entries for other platforms may not have been fetched.
-        match manifest_documents(containerd, scope, entry.digest().as_ref()).await {
-            Ok(found) if chain.is_none_or(|chain| found.parts.chain_id().is_some_and(|id| id.to_string() == chain)) => {
+    // Best last. Indexes may nest, and name one entry many times.
+    let (mut open, mut seen) = (vec![(digest.to_owned(), Some(0))], HashSet::new());
+    while let Some((digest, depth)) = open.pop() {
+        if !seen.insert(digest.clone()) {
+            continue;
+        }
+        // Of several only that which the layers are of may have been fetched.
+        let found = match depth {
+            Some(depth) => entries(containerd, scope, &digest, depth).await.map(|found| {
+                open.extend(found);
+                None
+            }),
+            None => manifest_documents(containerd, scope, &digest).await.map(Some),
+        };
+        match found {
+            Ok(Some(found))
+                if chain.is_none_or(|chain| found.parts.chain_id().is_some_and(|id| id.to_string() == chain)) =>
+            {
                 return Ok(found);
             }
             Ok(_) => {}
@@ -102,6 +116,29 @@ async fn documents(
         }
     }
     Err(last)
+}
+
+/// The entries of an index that can be for us, best last: their digests, and for an index how deep it lies.
+async fn entries(
+    containerd: &Containerd,
+    scope: &Scope,
+    digest: &str,
+    depth: usize,
+) -> Result<Vec<(String, Option<usize>)>> {
+    if depth > MAX_INDEX_DEPTH {
+        return Err(Error::invalid("the image nests indexes too deep"));
+    }
+    let bytes = containerd.read_small(scope, digest, MAX_DOCUMENT).await?;
+    let index: oci::ImageIndex =
+        serde_json::from_slice(&bytes).map_err(|err| refused("the image index cannot be read", err))?;
+    let mut found: Vec<_> = platform::candidates(index.manifests())
+        .map(|entry| {
+            let index = media::is_index(entry.media_type().as_ref());
+            (entry.digest().to_string(), index.then_some(depth + 1))
+        })
+        .collect();
+    found.reverse();
+    Ok(found)
 }
 
 async fn manifest_documents(containerd: &Containerd, scope: &Scope, digest: &str) -> Result<Documents> {

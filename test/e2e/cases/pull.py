@@ -115,6 +115,21 @@ def oras_push_with_config(bed: Bed) -> None:
 
 
 @case()
+def an_index_within_an_index(bed: Bed) -> None:
+    """An image without a descriptor layer is found where indexes nest, beside one for another platform."""
+    image = push_with_oras(bed, "vm:1")
+    _, ours = bed.registry.manifest(image)
+    _, other = bed.registry.manifest(bed.registry.push(bed.guests.layout("disk"), "vm:2"))
+    inner = _push_index(bed, "vm:inner", [ours | {"platform": {"os": "linux", "architecture": "amd64"}}])
+    _push_index(bed, "vm:all", [other | {"platform": {"os": "linux", "architecture": "arm64"}}, inner])
+    ref = bed.registry.ref("vm:all")
+
+    bed.containerd.ctr("images", "pull", "--plain-http", "--snapshotter", "ovms", ref)
+
+    contains(bed.vm(ref, "vm", "--rm").out, DIFF_LINE, "the guest's console")
+
+
+@case()
 def applied_by_the_walking_differ(bed: Bed) -> None:
     """With our differ not configured, containerd's own unpacks the layers into our snapshots; the image still runs."""
     bed.ovms.start_snapshotter()
@@ -278,11 +293,25 @@ def push_with_oras(bed: Bed, name: str, *, format_annotation: bool = True, confi
     ref = bed.registry.ref(name)
     options = ["--config", f"config.json:{oci.CONFIG}"] if config else ["--artifact-type", _MANIFEST]
     process.run(
-        [gotools.directory(gotools.ORAS) / "oras", "push", "--plain-http", "--annotation-file", "annotations.json", *options, ref,
+        [_oras(), "push", "--plain-http", "--annotation-file", "annotations.json", *options, ref,
          f"manifest.json:{_MANIFEST}", *words],
         cwd=scratch, timeout=300,
     )
     return ref
+
+
+def _oras() -> Path:
+    return gotools.directory(gotools.ORAS) / "oras"
+
+
+def _push_index(bed: Bed, name: str, entries: list[dict[str, Any]]) -> dict[str, Any]:
+    """Pushes an image index and returns its descriptor."""
+    index = {"schemaVersion": 2, "mediaType": oci.INDEX, "manifests": entries}
+    file = bed.dir / "index.json"
+    file.write_text(json.dumps(index), encoding="ascii")
+    process.run([_oras(), "manifest", "push", "--plain-http", "--media-type", oci.INDEX, bed.registry.ref(name), file])
+    data = file.read_bytes()
+    return {"mediaType": oci.INDEX, "digest": oci.digest(data), "size": len(data)}
 
 
 def without_our_differ(snippet: str) -> str:

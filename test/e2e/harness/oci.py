@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
+INDEX = "application/vnd.oci.image.index.v1+json"
 CONFIG = "application/vnd.oci.image.config.v1+json"
 LAYER_GZIP = "application/vnd.oci.image.layer.v1.tar+gzip"
 
@@ -96,7 +97,7 @@ class Layout:
         descriptor = self.json(value, MANIFEST)
         descriptor["annotations"] = {"org.opencontainers.image.ref.name": tag, "io.containerd.image.name": tag}
         self._index.append(descriptor)
-        index = {"schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json", "manifests": self._index}
+        index = {"schemaVersion": 2, "mediaType": INDEX, "manifests": self._index}
         (self.directory / "index.json").write_text(json.dumps(index), encoding="ascii")
 
 
