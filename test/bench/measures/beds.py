@@ -19,6 +19,7 @@ def native_bed() -> Iterator[Bed]:
     guests = Guests("native", "/tmp")
     bed = Bed("containerd-2.4", guests, 15.0, "/tmp")
     try:
+        bed.ovms.put_runtime_on_tmpfs()
         yield bed
     finally:
         wrong = bed.close()
