@@ -7,6 +7,8 @@
 //! ```
 //! Whatever fails, the machine goes on, the directory is empty again, and the bundle's record says what is frozen.
 
+mod writeback;
+
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::thread;
@@ -18,14 +20,11 @@ use ovms_bundle::{
 use ovms_proto::control::{Answer, Command, SnapshotCommand, SnapshotReport};
 use ovms_state::Blob;
 
+use self::writeback::Writeback;
 use crate::error::{Error, Kind, Result};
 use crate::launch::bundle_kind;
 use crate::machine::{answer_to, gone, refusal, Machine, State};
 use crate::shared::{Inner, Shared};
-
-mod writeback;
-
-use writeback::Writeback;
 
 /// How often somebody who waits looks whether he is still wanted.
 const LOOK: Duration = Duration::from_millis(50);
