@@ -24,8 +24,8 @@ def held_disk(below: Path, mib: int, mb_per_second: int) -> Iterator[Path]:
     mounted.mkdir()
     process.run(["mkfs.ext4", "-q", "-E", "lazy_itable_init=0,lazy_journal_init=0", image])
     device = process.run(["losetup", "--find", "--show", "--direct-io=on", image]).out.strip()
-    number = (Path("/sys/block") / Path(device).name / "dev").read_text(encoding="ascii").strip()
     try:
+        number = (Path("/sys/block") / Path(device).name / "dev").read_text(encoding="ascii").strip()
         process.run(["mount", device, mounted])
         try:
             _RULE.write_text(f"{number} {mb_per_second * 1_000_000}", encoding="ascii")

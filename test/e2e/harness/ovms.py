@@ -45,7 +45,6 @@ class Ovms:
         #: Environment that makes every program of ovms use these settings.
         self.env = {"OVMS_CONFIG": str(self.settings)}
         self.snapshotter: Daemon | None = None
-        self._mounted = False
 
     def program(self, name: str) -> Path:
         """The path of one program."""
@@ -105,14 +104,12 @@ class Ovms:
         """Mounts a tmpfs where the machines' records lie, as /run is one on every host with systemd; before anything is started."""
         self.runtime.mkdir()
         process.run(["mount", "-t", "tmpfs", "-o", "mode=0700", "tmpfs", self.runtime])
-        self._mounted = True
 
     def stop(self) -> None:
         """Ends it all."""
         self.stop_snapshotter()
-        if self._mounted:
+        if self.runtime.is_mount():
             process.run(["umount", self.runtime])
-            self._mounted = False
 
     def ovm(self, *words: str | Path, status: int | None = 0, timeout: float | None = None, stdin: str | None = None) -> process.Done:
         """Runs `ovm`."""
