@@ -2,8 +2,7 @@
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::Arc;
-use std::thread;
+use std::sync::{mpsc, Arc};
 use std::time::Instant;
 
 use kvm_bindings::kvm_cpuid_entry2;
@@ -23,6 +22,7 @@ use crate::kvm::{self, failed, KvmError, Vm};
 use crate::mailbox::{Mail, Sender};
 use crate::memory::Ram;
 use crate::saved::{self, RestoreError, SaveError, Saved};
+use crate::snapshot::Chore;
 use crate::timeline::Recorder;
 use crate::vcpu::gate::{Gate, Wanted};
 use crate::vcpu::regs::{self, RegsError};
@@ -30,9 +30,6 @@ use crate::vcpu::run::{install_handler, Shared, Thread};
 use crate::vcpu::Vcpu;
 use crate::wiring::{Devices, Environment, Hypervisor, WiringError};
 use crate::working_set::Watch;
-
-/// Bytes: the thread makes a system call for each range of memory.
-const SLOTS_STACK: usize = 64 << 10;
 
 /// Why a machine cannot be built.
 #[derive(Debug, Error)]
@@ -63,13 +60,14 @@ pub enum BuildError {
     Registers(u8, #[source] RegsError),
 }
 
-/// What a kind of thread does first: installs its seccomp filter.
-#[derive(Clone)]
+/// What a kind of thread does first, installs its seccomp filter, and what one does before that.
 pub struct ThreadStart {
     /// For device threads.
     pub device: Spawner,
     /// For vCPU threads.
     pub vcpu: Arc<dyn Fn() + Send + Sync>,
+    /// Runs a chore on a thread that is there anyway and has no filter yet.
+    pub beside: Box<dyn Fn(Chore)>,
 }
 
 /// A machine whose processors stand until it is told to run.
@@ -120,7 +118,7 @@ impl Machine {
             saved,
             events: event_sink(mail.clone(), Arc::clone(&gate)),
         };
-        let devices = with_memory(&vm, &ram, timeline, || Ok(Devices::new(&environment, fds)?))?;
+        let devices = with_memory(&vm, &ram, start.beside.as_ref(), timeline, || Ok(Devices::new(&environment, fds)?))?;
         let vcpus = (0..count).map(|index| Vcpu::new(&vm, index)).collect::<Result<Vec<_>, _>>()?;
         timeline.passed("kvm");
         let cpuid = describe_processors(&vm, &vcpus, &supported, saved)?;
@@ -284,21 +282,22 @@ impl Machine {
 /// and the devices ask nothing of it yet. Processors come after the memory, and doorbells after the processors
 /// ([`crate::kvm`]).
 fn with_memory<T>(
-    vm: &Vm,
+    vm: &Arc<Vm>,
     ram: &Ram,
+    beside: &dyn Fn(Chore),
     timeline: &mut Recorder,
     devices: impl FnOnce() -> Result<T, BuildError>,
 ) -> Result<T, BuildError> {
-    thread::scope(|scope| {
-        let slots = || vm.add_memory(ram).map(|()| Instant::now());
-        let slots = thread::Builder::new().name("ovms-slots".into()).stack_size(SLOTS_STACK).spawn_scoped(scope, slots);
-        let slots = slots.map_err(BuildError::Threads)?;
-        let devices = devices()?;
-        timeline.passed("devices");
-        let panicked = || BuildError::Threads(io::Error::other("the thread that adds memory panicked"));
-        timeline.passed_at("slots", slots.join().map_err(|_| panicked())??);
-        Ok(devices)
-    })
+    let (added, slots) = mpsc::channel();
+    let (theirs, memory) = (Arc::clone(vm), ram.clone());
+    beside(Box::new(move || {
+        let _ = added.send(theirs.add_memory(&memory).map(|()| Instant::now()));
+    }));
+    let devices = devices()?;
+    timeline.passed("devices");
+    let panicked = |_| BuildError::Threads(io::Error::other("the thread that adds memory panicked"));
+    timeline.passed_at("slots", slots.recv().map_err(panicked)??);
+    Ok(devices)
 }
 
 /// Gives each processor what it says about itself, the host's or the snapshot's, and what firmware would have set.

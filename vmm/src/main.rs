@@ -22,7 +22,7 @@ use ovms_vmm::memory::{MemoryError, Ram};
 use ovms_vmm::report;
 use ovms_vmm::saved::{RestoreError, Saved};
 use ovms_vmm::seccomp::{self, SeccompError, ThreadKind};
-use ovms_vmm::snapshot::{Host, Snapshots};
+use ovms_vmm::snapshot::{Chore, Host, Snapshots, Threads};
 use ovms_vmm::timeline::Recorder;
 use ovms_vmm::working_set::Plan;
 use thiserror::Error;
@@ -148,16 +148,17 @@ fn start(channel: &Channel, mut timeline: Recorder) -> Result<Started, StartErro
     timeline.passed("jail");
     let origin = Origin::take(config, &mut fds)?;
     let (mail, mailbox) = Mailbox::new().map_err(StartError::Mailbox)?;
-    let threads = thread_start();
+    let takers = Threads::start(host, mail.clone(), Arc::new(|| install(ThreadKind::Snapshot)));
+    let takers = takers.map_err(StartError::Snapshots)?;
     let watch = plan.start(ram.clone(), mail.clone(), Arc::new(|| install(ThreadKind::WorkingSet)));
     let watch = watch.map_err(StartError::WorkingSet)?;
-    let mut machine = Machine::build(&spec, &mut fds, ram, mail.clone(), &threads, origin.saved(), &mut timeline)?;
+    let threads = thread_start(takers.first());
+    let mut machine = Machine::build(&spec, &mut fds, ram, mail, &threads, origin.saved(), &mut timeline)?;
     if let Some(watch) = watch {
         machine.watch(watch);
     }
     let (vm, ram) = (Arc::clone(machine.vm()), machine.ram().clone());
-    let snapshots = Snapshots::start(vm, ram, host, mail, Arc::new(|| install(ThreadKind::Snapshot)))
-        .map_err(StartError::Snapshots)?;
+    let snapshots = Snapshots::new(takers, vm, ram);
     drop(fds);
     seccomp::install(ThreadKind::Main)?;
     timeline.passed("wall");
@@ -227,14 +228,14 @@ impl Origin {
 }
 
 /// What each new thread does first: it puts itself behind the filter of its kind.
-fn thread_start() -> ThreadStart {
+fn thread_start(beside: impl Fn(Chore) + 'static) -> ThreadStart {
     let device = Spawner::new(|kind| {
         install(match kind {
             DeviceThread::Block => ThreadKind::Block,
             DeviceThread::ConsoleReader | DeviceThread::ConsoleWriter | DeviceThread::Device => ThreadKind::Console,
         });
     });
-    ThreadStart { device, vcpu: Arc::new(|| install(ThreadKind::Vcpu)) }
+    ThreadStart { device, vcpu: Arc::new(|| install(ThreadKind::Vcpu)), beside: Box::new(beside) }
 }
 
 /// A thread without its filter must not live, and nobody is there to take its error.

@@ -15,7 +15,8 @@
 //! writes afterwards waits until the old content is copied ([`barrier`]), or the old content was copied aside while it
 //! stood, or it stands a little longer ([`tracker::Held`]). ADR 0012 says why it is so.
 //!
-//! The taker and its crew are started with the machine, since the walls forbid threads later. They sleep otherwise.
+//! The taker and its crew are started with the machine, since the walls forbid threads later. They sleep otherwise, but for
+//! the one chore that the taker does beside the machine's making ([`Threads::first`]).
 
 mod barrier;
 mod chunks;
@@ -114,32 +115,32 @@ pub struct Order {
     pub standing: bool,
 }
 
-/// Takes snapshots of one machine.
-pub struct Snapshots {
+/// What a thread does once, before it is behind its filter.
+pub type Chore = Box<dyn FnOnce() + Send>;
+
+/// The threads that will take snapshots of one machine.
+pub struct Threads {
     jobs: mpsc::Sender<Work>,
+    first: mpsc::Sender<Chore>,
     ready: mpsc::Receiver<io::Result<()>>,
-    vm: Arc<Vm>,
-    ram: Ram,
     restored: bool,
 }
 
-impl Snapshots {
-    /// Starts the threads that will take them; each first calls `enter`, which puts it behind its filter.
+impl Threads {
+    /// Starts them; after [`Threads::first`] each calls `enter`, which puts it behind its filter.
     ///
     /// # Errors
     /// The system has no thread to give.
-    pub fn start(
-        vm: Arc<Vm>,
-        ram: Ram,
-        host: Host,
-        mail: Sender,
-        enter: Arc<dyn Fn() + Send + Sync>,
-    ) -> io::Result<Self> {
+    pub fn start(host: Host, mail: Sender, enter: Arc<dyn Fn() + Send + Sync>) -> io::Result<Self> {
         let (jobs, queue) = mpsc::channel();
+        let (first, chore) = mpsc::channel::<Chore>();
         let (is_ready, ready) = mpsc::channel();
         let restored = host.memory.is_some();
         // It starts the crew itself, beside the rest of the machine's start.
         Builder::new().name("snapshot".into()).stack_size(STACK_BYTES).spawn(move || {
+            if let Ok(chore) = chore.recv() {
+                chore();
+            }
             let crew = Crew::start(crew_size(), &enter);
             enter();
             match crew {
@@ -152,7 +153,28 @@ impl Snapshots {
                 }
             }
         })?;
-        Ok(Self { jobs, ready, vm, ram, restored })
+        Ok(Self { jobs, first, ready, restored })
+    }
+
+    /// How they are given what is to be done beside the machine's making: they wait for that, and take one.
+    pub fn first(&self) -> impl Fn(Chore) + 'static {
+        let first = self.first.clone();
+        // The thread lives as long as the process.
+        move |chore| drop(first.send(chore))
+    }
+}
+
+/// Takes snapshots of one machine.
+pub struct Snapshots {
+    threads: Threads,
+    vm: Arc<Vm>,
+    ram: Ram,
+}
+
+impl Snapshots {
+    /// Snapshots of the machine that `vm` and `ram` are of.
+    pub fn new(threads: Threads, vm: Arc<Vm>, ram: Ram) -> Self {
+        Self { threads, vm, ram }
     }
 
     /// Waits until the threads stand behind their walls: before a guest runs.
@@ -160,18 +182,18 @@ impl Snapshots {
     /// # Errors
     /// The system has no thread to give.
     pub fn wait_ready(&self) -> io::Result<()> {
-        self.ready.recv().unwrap_or_else(|_| Err(io::ErrorKind::BrokenPipe.into()))
+        self.threads.ready.recv().unwrap_or_else(|_| Err(io::ErrorKind::BrokenPipe.into()))
     }
 
     /// Whether the machine was restored from a snapshot that a diff can be made on.
     pub fn has_parent(&self) -> bool {
-        self.restored
+        self.threads.restored
     }
 
     /// Begins to take one. The one before must be over.
     pub fn begin(&self, order: Order) -> Taking {
         let Order { blob, parent, vcpus, disks, standing } = order;
-        let tracker = Arc::new(Tracker::new(Arc::clone(&self.vm), &self.ram, self.restored));
+        let tracker = Arc::new(Tracker::new(Arc::clone(&self.vm), &self.ram, self.threads.restored));
         let (taken, instant) = mpsc::channel();
         let cancelled = Arc::new(AtomicBool::new(false));
         let job = Job {
@@ -185,7 +207,7 @@ impl Snapshots {
             standing,
         };
         // The thread lives as long as the process; were it gone, nobody would ever be ready.
-        let _ = self.jobs.send(Work::Take(Box::new(job)));
+        let _ = self.threads.jobs.send(Work::Take(Box::new(job)));
         Taking { tracker, taken: Some(taken), cancelled }
     }
 
@@ -193,14 +215,14 @@ impl Snapshots {
     /// `false`: there is no thread any more.
     #[must_use]
     pub fn freeze(&self, disk: Arc<Stack>, top: TopFiles) -> bool {
-        self.jobs.send(Work::Freeze(disk, top)).is_ok()
+        self.threads.jobs.send(Work::Freeze(disk, top)).is_ok()
     }
 
     /// Flushes the disks that the guest may write, after all that was begun before; [`Notice::Flushed`] tells. `false`:
     /// there is no thread any more.
     #[must_use]
     pub fn flush(&self, disks: Vec<Arc<Stack>>) -> bool {
-        self.jobs.send(Work::Flush(disks)).is_ok()
+        self.threads.jobs.send(Work::Flush(disks)).is_ok()
     }
 }
 

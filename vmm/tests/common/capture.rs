@@ -63,7 +63,8 @@ impl Inside {
             Some(snapshot) => Ram::restore(&snapshot.memory, spec.config().memory, false).unwrap(),
         };
         let (mail, mailbox) = Mailbox::new().unwrap();
-        let threads = ThreadStart { device: Spawner::default(), vcpu: Arc::new(|| ()) };
+        let threads =
+            ThreadStart { device: Spawner::default(), vcpu: Arc::new(|| ()), beside: Box::new(|chore| chore()) };
         let mut timeline = Recorder::start();
         let machine =
             Machine::build(&spec, &mut fds, ram.clone(), mail, &threads, saved.as_ref(), &mut timeline).unwrap();
