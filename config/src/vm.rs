@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 /// The format of [`VmConfig`]; both sides come from one build, so any other number is a mixed installation.
-pub const VM_CONFIG_VERSION: u32 = 2;
+pub const VM_CONFIG_VERSION: u32 = 3;
 /// The most vCPUs of a machine.
 pub const MAX_VCPUS: u32 = 32;
 /// The least memory of a machine in bytes.
@@ -135,8 +135,8 @@ pub struct ConsoleConfig {
     pub output: Option<FdIndex>,
 }
 
-/// The walls that the VMM puts around itself once it holds its descriptors. Its other namespaces (mount, pid, ipc,
-/// uts) it was born in.
+/// The walls that the VMM puts around itself once it holds its descriptors. Its other namespaces (pid, ipc, uts) it was
+/// born in.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct JailConfig {
@@ -144,6 +144,8 @@ pub struct JailConfig {
     pub uid: u32,
     /// Group id to become; not 0.
     pub gid: u32,
+    /// Mount namespace to join before privileges go, an empty directory: until then it is in the engine's.
+    pub root: FdIndex,
     /// Network namespace to join before privileges go: until then it is in the engine's.
     pub netns: FdIndex,
     /// Host name inside the VMM's own UTS namespace.
@@ -284,7 +286,12 @@ fn check_disks(disks: &[DiskConfig]) -> Result<(), VmConfigError> {
 
 /// Every descriptor that the configuration names, with the field that names it.
 fn descriptors(config: &VmConfig) -> Vec<(String, FdIndex)> {
-    let always = [("kvm", config.kvm), ("cpuid", config.cpuid), ("jail.netns", config.jail.netns)];
+    let always = [
+        ("kvm", config.kvm),
+        ("cpuid", config.cpuid),
+        ("jail.root", config.jail.root),
+        ("jail.netns", config.jail.netns),
+    ];
     let mut all: Vec<_> = always.map(|(what, index)| (what.to_owned(), index)).into();
     let mut optional = vec![
         ("userfault", config.userfault),
@@ -338,6 +345,7 @@ mod tests {
             jail: JailConfig {
                 uid: 1000,
                 gid: 1000,
+                root: 0,
                 netns: 0,
                 hostname: "vm1".into(),
                 max_file_size: 1 << 40,

@@ -142,9 +142,9 @@ fn start(channel: &Channel, mut timeline: Recorder) -> Result<Started, StartErro
     timeline.passed("configuration");
     let (ram, host) = map_memory(config, &mut fds)?;
     let plan = plan(config, &mut fds, &host)?;
-    let netns = fds.take(config.jail.netns)?;
+    let (root, netns) = (fds.take(config.jail.root)?, fds.take(config.jail.netns)?);
     timeline.passed("map");
-    jail::enter(&config.jail, netns)?;
+    jail::enter(&config.jail, root, netns)?;
     timeline.passed("jail");
     let origin = Origin::take(config, &mut fds)?;
     let (mail, mailbox) = Mailbox::new().map_err(StartError::Mailbox)?;

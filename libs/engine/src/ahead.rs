@@ -2,53 +2,80 @@
 //! made and the VMM's program starts, and waited for when the VMM is to be told.
 //!
 //! ```text
-//!  Ahead::begin ──> /dev/kvm opened ──thread──> KVM_GET_SUPPORTED_CPUID, 0.3 ms ──┐
-//!       │                      └──────thread──> empty network namespace, 0.3 ms ──┤
-//!       └──> cgroup, VMM's program, machine's files ────────── Ahead::wait <──────┘
+//!  Ahead::begin ──> /dev/kvm opened ──thread──> KVM_GET_SUPPORTED_CPUID, empty root: once ──┐
+//!       │                      └──────thread──> empty network namespace, 0.3 ms ────────────┤
+//!       └──> cgroup, VMM's program, machine's files ──────────────── Ahead::wait <──────────┘
 //! ```
-//! Both would cost the VMM more than they cost here: its memory slots and doorbells wait for the end of an RCU grace
-//! period, and KVM does not let go of its processor while it gathers what processors can do.
+//! All of it would cost the VMM more than it costs here: its memory slots and doorbells wait for the end of an RCU grace
+//! period, and KVM does not let go of its processor while it gathers what processors can do. What every machine of
+//! this process gets alike is made for the first of them and kept.
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
 use std::thread::{Builder, JoinHandle};
 
-use nix::sched::{unshare, CloneFlags};
+use nix::fcntl::{fcntl, FcntlArg, SealFlag};
 use nix::sys::memfd::{memfd_create, MFdFlags};
 
 use crate::error::{Error, Kind, Result};
-use crate::sys;
+use crate::{namespaces, sys};
 
 /// Bytes: a thread makes a few system calls, one with a buffer of 10 KiB.
 const STACK: usize = 64 << 10;
-/// The caller's own, of the thread that reads it; namespaces(7).
-const OWN_NETNS: &str = "/proc/thread-self/ns/net";
+
+/// What every machine of this process gets alike.
+static HOST: OnceLock<Arc<Host>> = OnceLock::new();
+
+/// The hypervisor, what it says of the host's processors, and a root without anything.
+struct Host {
+    path: PathBuf,
+    /// As long as it is open, KVM's module cannot be exchanged for one that gives other answers.
+    kvm: File,
+    cpuid: File,
+    root: File,
+}
 
 /// On its way.
 pub struct Ahead {
-    kvm: File,
-    cpuid: Thread,
-    netns: Netns,
+    host: Pending<Arc<Host>>,
+    netns: Pending<File>,
 }
 
 /// What a VMM gets of its host.
 pub struct HostFiles {
     /// `/dev/kvm`.
     pub kvm: File,
-    /// What that answers to KVM_GET_SUPPORTED_CPUID, as `ovms_config::vm::VmConfig::cpuid` describes it.
+    /// What that answers to KVM_GET_SUPPORTED_CPUID, as `ovms_config::vm::VmConfig::cpuid` describes it; sealed.
     pub cpuid: File,
+    /// The mount namespace that the VMM joins: an empty read-only directory.
+    pub root: File,
     /// The network namespace that the VMM joins.
     pub netns: File,
 }
 
-/// A network namespace: one that the caller names, or an empty one.
-enum Netns {
-    Named(File),
-    Empty(Thread),
+enum Pending<T> {
+    Ready(T),
+    Begun(JoinHandle<Result<T>>),
 }
 
-type Thread = JoinHandle<io::Result<File>>;
+impl<T: Send + 'static> Pending<T> {
+    fn begin(name: &str, make: impl FnOnce() -> Result<T> + Send + 'static) -> Result<Self> {
+        let thread = Builder::new().name(name.into()).stack_size(STACK).spawn(make);
+        thread.map(Self::Begun).map_err(Error::io("a thread that makes a machine's start shorter cannot be started"))
+    }
+
+    fn wait(self) -> Result<T> {
+        match self {
+            Self::Ready(made) => Ok(made),
+            Self::Begun(thread) => {
+                let panicked = || Error::new(Kind::Internal, "a thread that makes a machine's start shorter panicked");
+                thread.join().unwrap_or_else(|_| Err(panicked()))
+            }
+        }
+    }
+}
 
 impl Ahead {
     /// Opens the hypervisor's device and the network namespace that `netns` names; none: begins an empty one.
@@ -57,58 +84,63 @@ impl Ahead {
     /// `Unavailable` without the device, `InvalidArgument` without the network namespace, `Internal` if the system has no
     /// thread to give.
     pub fn begin(kvm: &Path, netns: Option<&Path>) -> Result<Self> {
-        let kvm = open_kvm(kvm)?;
-        let netns = match netns {
-            Some(path) => Netns::Named(open_netns(path)?),
-            None => Netns::Empty(begin("ovms-netns", empty_netns)?),
+        let host = match HOST.get().filter(|host| host.path == kvm) {
+            Some(known) => Pending::Ready(Arc::clone(known)),
+            None => {
+                let (path, device) = (kvm.to_owned(), open_kvm(kvm)?);
+                Pending::begin("ovms-host", || Host::ask(path, device).map(Arc::new))?
+            }
         };
-        let device = kvm.try_clone().map_err(Error::io("the hypervisor device cannot be shared with a thread"))?;
-        let cpuid = begin("ovms-cpuid", move || supported_cpuid(&device))?;
-        Ok(Self { kvm, cpuid, netns })
+        let netns = match netns {
+            Some(path) => Pending::Ready(open_netns(path)?),
+            None => Pending::begin("ovms-netns", || {
+                namespaces::empty_network().map_err(refused("an empty network namespace cannot be made"))
+            })?,
+        };
+        Ok(Self { host, netns })
     }
 
     /// Waits for what was begun.
     ///
     /// # Errors
-    /// `Unavailable` if the hypervisor does not answer, `FailedPrecondition` or `Internal` if there is no namespace.
+    /// `Unavailable` if the hypervisor does not answer, `FailedPrecondition` or `Internal` if there is a namespace that
+    /// cannot be made.
     pub fn wait(self) -> Result<HostFiles> {
-        let cpuid = end(self.cpuid).map_err(|err| {
-            Error::new(Kind::Unavailable, "the hypervisor does not say what its processors can do").because(err)
-        })?;
-        let netns = match self.netns {
-            Netns::Named(file) => file,
-            Netns::Empty(thread) => end(thread).map_err(|err| {
-                let kind = match err.kind() {
-                    io::ErrorKind::PermissionDenied => Kind::FailedPrecondition,
-                    _ => Kind::Internal,
-                };
-                Error::new(kind, "an empty network namespace cannot be made").because(err)
-            })?,
-        };
-        Ok(HostFiles { kvm: self.kvm, cpuid, netns })
+        let host = self.host.wait()?;
+        let netns = self.netns.wait()?;
+        let share = |file: &File| file.try_clone().map_err(Error::io("what every machine gets cannot be shared"));
+        let files = HostFiles { kvm: share(&host.kvm)?, cpuid: share(&host.cpuid)?, root: share(&host.root)?, netns };
+        // Whoever was first has the same.
+        let _ = HOST.set(host);
+        Ok(files)
     }
 }
 
-fn begin(name: &str, make: impl FnOnce() -> io::Result<File> + Send + 'static) -> Result<Thread> {
-    let thread = Builder::new().name(name.into()).stack_size(STACK).spawn(make);
-    thread.map_err(Error::io("a thread that makes a machine's start shorter cannot be started"))
+impl Host {
+    fn ask(path: PathBuf, kvm: File) -> Result<Self> {
+        let cpuid = supported_cpuid(&kvm).map_err(|err| {
+            Error::new(Kind::Unavailable, "the hypervisor does not say what its processors can do").because(err)
+        })?;
+        let root = namespaces::empty_root().map_err(refused("an empty root for VMMs cannot be made"))?;
+        Ok(Self { path, kvm, cpuid, root })
+    }
 }
 
-fn end(thread: Thread) -> io::Result<File> {
-    thread.join().unwrap_or_else(|_| Err(io::Error::other("its thread panicked")))
-}
-
+/// The answer, in a file that whoever holds it can only read.
 fn supported_cpuid(kvm: &File) -> io::Result<File> {
     let entries = sys::supported_cpuid(kvm)?;
-    let mut file = File::from(memfd_create("ovms-cpuid", MFdFlags::MFD_CLOEXEC)?);
+    let mut file = File::from(memfd_create("ovms-cpuid", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?);
     file.write_all(&entries)?;
+    let seals = SealFlag::F_SEAL_WRITE | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_SEAL;
+    fcntl(&file, FcntlArg::F_ADD_SEALS(seals))?;
     Ok(file)
 }
 
-fn empty_netns() -> io::Result<File> {
-    // Of this thread alone; the descriptor keeps it when the thread is gone.
-    unshare(CloneFlags::CLONE_NEWNET)?;
-    File::open(OWN_NETNS)
+fn refused(message: &'static str) -> impl FnOnce(namespaces::StepError) -> Error {
+    move |err| {
+        let kind = if err.is_permission() { Kind::FailedPrecondition } else { Kind::Internal };
+        Error::new(kind, message).because(err)
+    }
 }
 
 fn open_netns(path: &Path) -> Result<File> {

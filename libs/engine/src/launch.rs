@@ -77,12 +77,13 @@ impl Packet {
             input: spec.stdio.stdin.take().map(|fd| fds.push(fd)),
             output: spec.stdio.stdout.take().map(|fd| fds.push(fd)),
         };
-        let HostFiles { kvm, cpuid, netns } = ahead.wait()?;
-        let (kvm, cpuid, netns) = (fds.push(kvm), fds.push(cpuid), fds.push(netns));
+        let HostFiles { kvm, cpuid, root, netns } = ahead.wait()?;
+        let (kvm, cpuid, root, netns) = (fds.push(kvm), fds.push(cpuid), fds.push(root), fds.push(netns));
         let hostname = if spec.hostname.is_empty() { spec.id.clone() } else { spec.hostname.clone() };
         let jail = JailConfig {
             uid: 0,
             gid: 0,
+            root,
             netns,
             hostname,
             max_file_size: disk_size

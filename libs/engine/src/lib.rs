@@ -20,6 +20,7 @@ mod launch;
 mod log;
 mod machine;
 mod monitor;
+mod namespaces;
 mod process;
 mod ram_lock;
 mod record;

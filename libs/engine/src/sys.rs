@@ -18,8 +18,8 @@ const REPORT_FD: RawFd = 4;
 /// `CLONE_CLEAR_SIGHAND` and `CLONE_INTO_CGROUP` of the kernel's include/uapi/linux/sched.h (libc's do not fit their type).
 const CLONE_CLEAR_SIGHAND: u64 = 1 << 32;
 const CLONE_INTO_CGROUP: u64 = 1 << 33;
-/// The namespaces that a VMM is born in. It joins its network namespace itself, once that is made (`ahead.rs`).
-const NAMESPACES: c_int = libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
+/// The namespaces that a VMM is born in. It joins its root and its network itself, once they are made (`ahead.rs`).
+const NAMESPACES: c_int = libc::CLONE_NEWPID | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
 
 /// `struct clone_args` of include/uapi/linux/sched.h, as of its second version (88 bytes).
 #[repr(C)]

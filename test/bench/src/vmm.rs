@@ -71,7 +71,7 @@ impl Machine {
     /// Starts a VMM and waits until its machine is built; the vCPUs stand still.
     pub(crate) fn create(
         vmm: &Path,
-        HostFiles { kvm, cpuid, netns }: HostFiles,
+        HostFiles { kvm, cpuid, root, netns }: HostFiles,
         memory: u64,
         source: &Source<'_>,
         mlock: bool,
@@ -86,7 +86,8 @@ impl Machine {
             birthplace: &Birthplace::default(),
         })?;
         let userfault = File::options().read(true).write(true).open("/dev/userfaultfd").ok();
-        let mut fds: Vec<BorrowedFd<'_>> = vec![kvm.as_fd(), cpuid.as_fd(), netns.as_fd(), writer.as_fd()];
+        let mut fds: Vec<BorrowedFd<'_>> =
+            vec![kvm.as_fd(), cpuid.as_fd(), root.as_fd(), netns.as_fd(), writer.as_fd()];
         let mut add = |fd| {
             fds.push(fd);
             u32::try_from(fds.len() - 1).unwrap_or(u32::MAX)
@@ -204,11 +205,12 @@ fn config(memory: u64, start: StartConfig, userfault: Option<u32>) -> VmConfig {
         userfault,
         start,
         disks: Vec::new(),
-        console: ConsoleConfig { input: None, output: Some(3) },
+        console: ConsoleConfig { input: None, output: Some(4) },
         jail: JailConfig {
             uid: 1_899_999_999,
             gid: 1_899_999_999,
-            netns: 2,
+            root: 2,
+            netns: 3,
             hostname: "bench".into(),
             max_file_size: 64 << 30,
             max_open_files: 512,

@@ -1,10 +1,11 @@
 //! The walls that the VMM puts around itself, once it holds every descriptor and before it hears of the guest.
 //!
-//! The engine gave the process new mount, pid, ipc and uts namespaces, and nothing but a control socket. [`enter`] does the rest, in an order in which each step still has the privileges it
-//! needs and none can be undone by a later one:
+//! The engine gave the process new pid, ipc and uts namespaces, and nothing but a control socket; over that come a network
+//! namespace and a mount namespace that holds nothing but an empty read-only directory. [`enter`] does the rest, in an
+//! order in which each step still has the privileges it needs and none can be undone by a later one:
 //!
 //! ```text
-//!  setns(net) → host name → private mounts → empty read-only root, old root gone → rlimits
+//!  setns(net) → host name → setns(mnt): root and working directory are the empty one → rlimits
 //!   → bounding set empty → groups, gid, uid → capabilities empty → not dumpable → no_new_privs → (seccomp, per thread)
 //! ```
 //! Afterwards `/proc/PID/root` is an empty directory: what host tools copy "out of the container" through it is
@@ -18,11 +19,10 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 
 use nix::errno::Errno;
-use nix::mount::{mount, umount2, MntFlags, MsFlags};
 use nix::sched::{setns, CloneFlags};
 use nix::sys::prctl;
 use nix::sys::resource::{getrlimit, setrlimit, Resource};
-use nix::unistd::{chdir, pivot_root, setgroups, sethostname, setresgid, setresuid, Gid, Uid};
+use nix::unistd::{setgroups, sethostname, setresgid, setresuid, Gid, Uid};
 use ovms_config::vm::JailConfig;
 use thiserror::Error;
 
@@ -37,8 +37,6 @@ pub struct JailError {
     source: io::Error,
 }
 
-/// Any directory of the host will do to mount the empty root on; procfs is mounted on every host that runs an engine.
-const STAGING: &str = "/proc";
 /// Longest host name (`__NEW_UTS_LEN` of the kernel's include/uapi/linux/utsname.h).
 const MAX_HOSTNAME: usize = 64;
 
@@ -50,30 +48,16 @@ const MAX_HOSTNAME: usize = 64;
 ///
 /// # Errors
 /// [`JailError`] names the first wall that does not stand.
-pub fn enter(config: &JailConfig, netns: OwnedFd) -> Result<(), JailError> {
+pub fn enter(config: &JailConfig, root: OwnedFd, netns: OwnedFd) -> Result<(), JailError> {
     step("joining the network namespace", setns(netns.as_fd(), CloneFlags::CLONE_NEWNET))?;
     drop(netns);
     let hostname = config.hostname.as_bytes();
     let hostname = OsStr::from_bytes(hostname.get(..MAX_HOSTNAME).unwrap_or(hostname));
     step("setting the host name", sethostname(hostname))?;
-    empty_root()?;
+    step("joining the empty root", setns(root.as_fd(), CloneFlags::CLONE_NEWNS))?;
+    drop(root);
     limits(config)?;
     drop_privileges(config)
-}
-
-/// Leaves the process in an empty read-only directory, with every mount of the host gone from its namespace.
-fn empty_root() -> Result<(), JailError> {
-    const NONE: Option<&str> = None;
-    step("making mounts private", mount(NONE, "/", NONE, MsFlags::MS_REC | MsFlags::MS_PRIVATE, NONE))?;
-    let flags = MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-    let options = Some("size=4k,nr_inodes=2,mode=0555");
-    step("mounting an empty root", mount(Some("ovms-empty"), STAGING, Some("tmpfs"), flags, options))?;
-    step("entering the empty root", chdir(STAGING))?;
-    // With both arguments the same the old root ends up mounted over the new one, where it can be unmounted without
-    // a directory to hang it on (pivot_root(2), "pivot_root(".", ".")").
-    step("pivoting into the empty root", pivot_root(".", "."))?;
-    step("leaving the host's root", umount2(".", MntFlags::MNT_DETACH))?;
-    step("entering the empty root", chdir("/"))
 }
 
 /// Sets what the process may use of the host's resources. Limits that the host has set lower already stay.

@@ -2,6 +2,7 @@ use std::fs;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 
+use nix::mount::{mount, MsFlags};
 use nix::sys::resource::getrlimit;
 use nix::unistd::{getgroups, gethostname, getresgid, getresuid, setuid};
 
@@ -13,11 +14,25 @@ fn config() -> JailConfig {
     JailConfig {
         uid: 64_123,
         gid: 64_124,
+        root: 0,
         netns: 0,
         hostname: "h".repeat(70),
         max_file_size: 1 << 30,
         max_open_files: 64,
     }
+}
+
+/// A mount namespace whose root is covered by an empty directory: what a joiner gets.
+fn empty_root() -> OwnedFd {
+    let make = || {
+        nix::sched::unshare(CloneFlags::CLONE_NEWNS).unwrap();
+        let opened = fs::File::open("/proc/thread-self/ns/mnt").unwrap();
+        let none = None::<&str>;
+        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
+        mount(Some("empty"), "/", Some("tmpfs"), MsFlags::MS_RDONLY, none).unwrap();
+        opened
+    };
+    std::thread::spawn(make).join().unwrap().into()
 }
 
 /// Runs one of the tests below in a process of its own that was born as the engine gives birth to a VMM.
@@ -28,7 +43,7 @@ fn in_own_process(test: &str) -> std::process::Output {
     // SAFETY: the closure makes one system call.
     unsafe {
         command.pre_exec(|| {
-            let flags = CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWUTS | CloneFlags::CLONE_NEWIPC;
+            let flags = CloneFlags::CLONE_NEWUTS | CloneFlags::CLONE_NEWIPC;
             nix::sched::unshare(flags).map_err(io::Error::from)
         });
     }
@@ -50,7 +65,9 @@ fn inside() {
     if std::env::var_os(ENV).is_none() {
         return;
     }
-    enter(&config(), fs::File::open("/proc/self/ns/net").unwrap().into()).unwrap();
+    // The test has more than one thread, and a root belongs to a process unless a thread takes its own.
+    nix::sched::unshare(CloneFlags::CLONE_FS).unwrap();
+    enter(&config(), empty_root(), fs::File::open("/proc/self/ns/net").unwrap().into()).unwrap();
 
     assert_eq!(fs::read_dir("/").unwrap().count(), 0);
     assert_eq!(fs::read_dir("..").unwrap().count(), 0);
@@ -90,6 +107,25 @@ fn wrong_netns() {
         return;
     }
     let file = fs::File::open("/dev/null").unwrap();
-    let err = enter(&config(), file.into()).unwrap_err();
+    let err = enter(&config(), empty_root(), file.into()).unwrap_err();
     assert!(err.to_string().contains("joining the network namespace"), "{err}");
+}
+
+#[test]
+#[ignore = "needs root"]
+fn enter_with_a_root_that_is_none_returns_the_step() {
+    let output = in_own_process("wrong_root");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+}
+
+/// Not a test of its own, see above.
+#[test]
+#[ignore = "needs root"]
+fn wrong_root() {
+    if std::env::var_os(ENV).is_none() {
+        return;
+    }
+    let network = || fs::File::open("/proc/self/ns/net").unwrap().into();
+    let err = enter(&config(), network(), network()).unwrap_err();
+    assert!(err.to_string().contains("joining the empty root"), "{err}");
 }

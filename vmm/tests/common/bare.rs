@@ -86,11 +86,18 @@ pub fn file(bytes: &[u8]) -> File {
     file
 }
 
-/// A configuration of the size of a saved machine, without disks. It names five descriptors at which nothing here looks.
+/// A configuration of the size of a saved machine, without disks. It names six descriptors at which nothing here looks.
 pub fn config(head: &Head) -> VmConfig {
-    let start = RestoreConfig { state: 3, memory: 4, working_set: None, record_working_set: None, mlock: false };
-    let jail =
-        JailConfig { uid: 1, gid: 1, netns: 2, hostname: "test".into(), max_file_size: 1 << 40, max_open_files: 512 };
+    let start = RestoreConfig { state: 4, memory: 5, working_set: None, record_working_set: None, mlock: false };
+    let jail = JailConfig {
+        uid: 1,
+        gid: 1,
+        root: 2,
+        netns: 3,
+        hostname: "test".into(),
+        max_file_size: 1 << 40,
+        max_open_files: 512,
+    };
     VmConfig {
         version: VM_CONFIG_VERSION,
         id: "test".into(),
@@ -110,7 +117,7 @@ pub fn config(head: &Head) -> VmConfig {
 /// The same with disks of the saved sizes, and the descriptors.
 fn with_disks(head: &Head) -> (VmConfig, Vec<OwnedFd>) {
     let (mut config, null) = (config(head), File::open("/dev/null").unwrap());
-    let mut fds: Vec<_> = (0..5).map(|_| OwnedFd::from(null.try_clone().unwrap())).collect();
+    let mut fds: Vec<_> = (0..6).map(|_| OwnedFd::from(null.try_clone().unwrap())).collect();
     for disk in &head.fingerprint.disks {
         let [table, data, map] = [(); 3].map(|()| file(&[]));
         Table::empty(disk.size).unwrap().write_to(&table).unwrap();

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 use kvm_ioctls::Kvm;
+use nix::mount::{mount, MsFlags};
 use ovms_config::vm::{
     BootConfig, ConsoleConfig, DiskConfig, JailConfig, RestoreConfig, StartConfig, TopConfig, VmConfig,
     VM_CONFIG_VERSION,
@@ -57,13 +58,14 @@ impl Setup {
             kvm: 0,
             cpuid: 1,
             userfault: None,
-            start: StartConfig::Boot(BootConfig { kernel: 3, initrd: None, cmdline: String::new() }),
+            start: StartConfig::Boot(BootConfig { kernel: 4, initrd: None, cmdline: String::new() }),
             disks: Vec::new(),
             console: ConsoleConfig::default(),
             jail: JailConfig {
                 uid: 64_000,
                 gid: 64_000,
-                netns: 2,
+                root: 2,
+                netns: 3,
                 hostname: "test".into(),
                 max_file_size: 1 << 40,
                 max_open_files: 512,
@@ -71,7 +73,11 @@ impl Setup {
             log_level: "debug".into(),
         };
         let cpuid = supported_cpuid(&kvm);
-        Self { config, fds: vec![kvm.into(), cpuid.into(), empty_netns().into(), kernel.into()], may_lock: true }
+        Self {
+            config,
+            fds: vec![kvm.into(), cpuid.into(), empty_root().into(), empty_netns().into(), kernel.into()],
+            may_lock: true,
+        }
     }
 
     /// One vCPU, 64 MiB, no disk, a console: goes on from a snapshot's unpacked files.
@@ -79,8 +85,8 @@ impl Setup {
         let mut setup = Self::new(state.into());
         setup.fds.push(memory);
         setup.config.start = StartConfig::Restore(RestoreConfig {
-            state: 3,
-            memory: 4,
+            state: 4,
+            memory: 5,
             working_set: None,
             record_working_set: None,
             mlock: false,
@@ -222,7 +228,7 @@ fn spawn_process(control: Channel, may_lock: bool) -> Child {
                     return Err(std::io::Error::last_os_error());
                 }
             }
-            let namespaces = libc::CLONE_NEWNS | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
+            let namespaces = libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
             let done = if raw == 3 { libc::fcntl(3, libc::F_SETFD, 0) } else { libc::dup2(raw, 3) };
             if done < 0 || libc::unshare(namespaces) < 0 {
                 return Err(std::io::Error::last_os_error());
@@ -248,6 +254,19 @@ fn empty_netns() -> File {
     let make = || {
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).expect("root");
         File::open("/proc/thread-self/ns/net").unwrap()
+    };
+    std::thread::spawn(make).join().unwrap()
+}
+
+/// A mount namespace that the test itself does not join: what is mounted on its root is what a joiner gets.
+fn empty_root() -> File {
+    let make = || {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).expect("root");
+        let opened = File::open("/proc/thread-self/ns/mnt").unwrap();
+        let none = None::<&str>;
+        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
+        mount(Some("empty"), "/", Some("tmpfs"), MsFlags::MS_RDONLY, none).unwrap();
+        opened
     };
     std::thread::spawn(make).join().unwrap()
 }
