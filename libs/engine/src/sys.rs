@@ -3,6 +3,7 @@
 use std::ffi::CStr;
 use std::fs::File;
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
 
@@ -20,6 +21,12 @@ const CLONE_CLEAR_SIGHAND: u64 = 1 << 32;
 const CLONE_INTO_CGROUP: u64 = 1 << 33;
 /// The namespaces that a VMM is born in. It joins its root and its network itself, once they are made (`ahead.rs`).
 const NAMESPACES: c_int = libc::CLONE_NEWPID | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
+
+/// The child uses the memory of its parent, whose calling thread stands until the child executes its program: to copy the
+/// page tables, and every page that either writes afterwards, would cost 0.2 ms and more, the more the larger the parent.
+const SHARED: c_int = libc::CLONE_VM | libc::CLONE_VFORK;
+/// Bytes of the child's stack: it makes system calls.
+const CHILD_STACK: usize = 16 << 10;
 
 /// `struct clone_args` of include/uapi/linux/sched.h, as of its second version (88 bytes).
 #[repr(C)]
@@ -65,35 +72,58 @@ pub(crate) struct Birth<'a> {
 /// Makes a child in its own namespaces and cgroup that executes the program; returns its pid and its pidfd.
 pub(crate) fn spawn(birth: &Birth<'_>) -> io::Result<(u32, OwnedFd)> {
     let mut pidfd: c_int = -1;
+    // Of units that are aligned as a stack is.
+    let mut stack = vec![MaybeUninit::<u128>::uninit(); CHILD_STACK / size_of::<u128>()];
     let mut args = CloneArgs {
-        flags: NAMESPACES as u64 | libc::CLONE_PIDFD as u64 | CLONE_CLEAR_SIGHAND,
+        flags: NAMESPACES as u64 | SHARED as u64 | libc::CLONE_PIDFD as u64 | CLONE_CLEAR_SIGHAND,
         pidfd: ptr::from_mut(&mut pidfd) as u64,
         exit_signal: libc::SIGCHLD as u64,
+        stack: stack.as_mut_ptr() as u64,
+        stack_size: CHILD_STACK as u64,
         ..CloneArgs::default()
     };
     if let Some(dir) = birth.cgroup {
         args.flags |= CLONE_INTO_CGROUP;
         args.cgroup = dir.as_raw_fd() as u64;
     }
-    // SAFETY: `args` is a live CloneArgs of the size given, and `pidfd` outlives the call. Without CLONE_VM and with no
-    // stack the child goes on here on a copy of this stack, as after fork. Other threads may have held locks of the
-    // allocator, so the child must make async-signal-safe calls only, which `child` upholds.
-    let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw const args, size_of::<CloneArgs>()) };
-    match pid {
-        -1 => Err(io::Error::last_os_error()),
-        // SAFETY: this is the child.
-        0 => unsafe { child(birth) },
-        // SAFETY: the kernel has put a new descriptor there that nobody else owns.
-        pid => Ok((pid as u32, unsafe { OwnedFd::from_raw_fd(pidfd) })),
+    let result: c_long;
+    // SAFETY: `args` is a live CloneArgs of the size given; `pidfd`, `stack` and `birth` outlive the child's use of them,
+    // since the call returns here only when the child has executed its program or has ended (CLONE_VFORK). The child
+    // does not return here: it begins on its own stack, whose end is aligned for a call, with all registers of ours, and
+    // calls `child` with `birth`. Other threads may hold locks of the allocator, so it must make async-signal-safe calls
+    // only, which `child` upholds. The kernel changes rax, rcx and r11 (x86-64 ABI, A.2.1).
+    unsafe {
+        std::arch::asm!(
+            "syscall",
+            "test rax, rax",
+            "jnz 2f",
+            "xor ebp, ebp",
+            "mov rdi, {birth}",
+            "call {child}",
+            "ud2",
+            "2:",
+            birth = in(reg) ptr::from_ref(birth),
+            child = sym child,
+            inlateout("rax") libc::SYS_clone3 => result,
+            in("rdi") &raw const args,
+            in("rsi") size_of::<CloneArgs>(),
+            out("rcx") _,
+            out("r11") _,
+        );
     }
+    if result < 0 {
+        return Err(io::Error::from_raw_os_error((-result) as i32));
+    }
+    // SAFETY: the kernel has put a new descriptor there that nobody else owns.
+    Ok((result as u32, unsafe { OwnedFd::from_raw_fd(pidfd) }))
 }
 
 /// The child's way from `clone3` to `execve`.
 ///
 /// # Safety
-/// Must be called in a child that shares no memory with its parent. Makes only async-signal-safe calls and never
-/// returns.
-unsafe fn child(birth: &Birth<'_>) -> ! {
+/// Must be called in a child whose parent's thread stands still: it has the memory and the `errno` of that. Makes only
+/// async-signal-safe calls, writes to nothing but its stack and `errno`, and never returns.
+unsafe extern "C" fn child(birth: &Birth<'_>) -> ! {
     // SAFETY: the arrays in `birth` end in null pointers and its strings in zeroes (the caller built them from
     // CStrings); every call here is async-signal-safe.
     unsafe {
