@@ -4,12 +4,11 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::sync::{Mutex, OnceLock};
 
+use super::Callback;
 use crate::sync::lock;
 
 /// Bytes that wait for the guest at most; what does not fit stays in the host's pipe.
 const CAPACITY: usize = 4096;
-
-type Callback = Box<dyn Fn() + Send + Sync>;
 
 #[derive(Default)]
 struct Inner {

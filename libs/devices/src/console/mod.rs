@@ -8,7 +8,8 @@
 //!
 //! Nothing is lost in either direction while both ends live. Input that the guest has no room for stays in the host's
 //! pipe. Output is always accepted, since a register write cannot wait; the vCPU waits *after* the exit, at
-//! [`ByteSink::wait_room`], where it holds no lock and can be kicked.
+//! [`ByteSink::wait_room`], where it holds no lock and can be kicked. virtio-console leaves output in the guest's queue
+//! and is told of room ([`ByteSink::on_room`]).
 
 mod input;
 mod reader;
@@ -22,6 +23,9 @@ pub use writer::Writer;
 
 /// Bytes that one request or one exit may push at most; what a guest adds to it is lost.
 pub(crate) const MAX_PUSH: u64 = 256 << 10;
+
+/// Tells somebody that something has come. Called on whichever thread brought it: must not wait.
+pub type Callback = Box<dyn Fn() + Send + Sync>;
 
 /// Takes a console's output.
 pub trait ByteSink: Send + Sync {
@@ -37,6 +41,9 @@ pub trait ByteSink: Send + Sync {
 
     /// Wakes whoever waits in [`ByteSink::wait_room`], to ask its `stop` again.
     fn kick(&self);
+
+    /// Sets what is called each time that a full sink has room again, for whoever cannot wait. The first caller wins.
+    fn on_room(&self, callback: Callback);
 }
 
 /// A sink that forgets.
@@ -50,6 +57,7 @@ impl ByteSink for NullSink {
     }
     fn wait_room(&self, _stop: &dyn Fn() -> bool) {}
     fn kick(&self) {}
+    fn on_room(&self, _callback: Callback) {}
 }
 
 impl fmt::Debug for NullSink {

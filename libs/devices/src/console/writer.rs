@@ -5,13 +5,13 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::{EventFd, EFD_CLOEXEC, EFD_NONBLOCK};
 
-use super::ByteSink;
+use super::{ByteSink, Callback};
 use crate::poll::{wait_fds, Interest};
 use crate::sync::lock;
 use crate::threads::{Spawner, ThreadKind};
@@ -48,6 +48,7 @@ struct Shared {
     full: AtomicBool,
     lost: AtomicU64,
     stop: EventFd,
+    on_room: OnceLock<Callback>,
 }
 
 /// A [`ByteSink`] over a host descriptor: pipe, fifo, pty or file.
@@ -71,6 +72,7 @@ impl Writer {
             full: AtomicBool::new(false),
             lost: AtomicU64::new(0),
             stop: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+            on_room: OnceLock::new(),
         });
         let own = Arc::clone(&shared);
         let thread = spawner.spawn(ThreadKind::ConsoleWriter, "console-out", move || own.run(File::from(fd)))?;
@@ -126,7 +128,10 @@ impl ByteSink for Writer {
         self.shared.lost.fetch_add(bytes.len().saturating_sub(taken.len()) as u64, Ordering::Relaxed);
         let was_empty = ring.bytes.is_empty();
         ring.bytes.extend(taken);
-        self.shared.full.store(ring.bytes.len() >= SOFT_LIMIT, Ordering::Release);
+        // Only the thread says that there is room again: whoever found the ring full is told then.
+        if ring.bytes.len() >= SOFT_LIMIT {
+            self.shared.full.store(true, Ordering::Release);
+        }
         if was_empty || ring.is_worth_writing() {
             self.shared.changed.notify_all();
         }
@@ -147,6 +152,10 @@ impl ByteSink for Writer {
         // Taking the lock orders the kick after a waiter's last look at its `stop`.
         let _ring = lock(&self.shared.ring);
         self.shared.changed.notify_all();
+    }
+
+    fn on_room(&self, callback: Callback) {
+        let _ = self.shared.on_room.set(callback);
     }
 }
 
@@ -186,9 +195,12 @@ impl Shared {
         let count = ring.bytes.len().min(CHUNK);
         chunk.extend(ring.bytes.drain(..count));
         ring.in_flight = count;
-        if ring.bytes.len() < SOFT_LIMIT / 2 {
-            self.full.store(false, Ordering::Release);
+        if ring.bytes.len() < SOFT_LIMIT / 2 && self.full.swap(false, Ordering::AcqRel) {
+            drop(ring);
             self.changed.notify_all();
+            if let Some(tell) = self.on_room.get() {
+                tell();
+            }
         }
         true
     }
@@ -295,6 +307,24 @@ mod tests {
         assert!(!sink.is_full());
         assert_eq!(sink.flush_and_close(soon()), 0);
         assert!(reading.join().unwrap() >= SOFT_LIMIT);
+    }
+
+    #[test]
+    fn room_is_told_of_once_each_time_that_a_full_ring_has_some_again() {
+        let (mut reader, writer) = pipe().unwrap();
+        let sink = Writer::spawn(writer.into(), &Spawner::default()).unwrap();
+        let (tell, told) = std::sync::mpsc::channel();
+        sink.on_room(Box::new(move || tell.send(()).unwrap()));
+        let mut unread = vec![0; SOFT_LIMIT * 3 + 1];
+        for _ in 0..3 {
+            // More than the pipe and the ring hold together.
+            sink.push(&unread[1..]);
+            sink.push(b"x");
+            assert!(sink.is_full() && told.try_recv().is_err());
+            reader.read_exact(&mut unread).unwrap();
+            told.recv_timeout(Duration::from_secs(10)).unwrap();
+            assert!(!sink.is_full() && told.try_recv().is_err());
+        }
     }
 
     #[test]

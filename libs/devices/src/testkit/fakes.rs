@@ -1,12 +1,12 @@
 //! Recording implementations of the traits that the machine monitor implements.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 
 use ovms_state::{Persist, Section, StateError};
 
 use crate::bus::BusDevice;
-use crate::console::ByteSink;
+use crate::console::{ByteSink, Callback};
 use crate::irq::{IrqLine, MsiMessage, MsiSink};
 use crate::machine::{MachineEvent, MachineEvents};
 use crate::pci::PciFunction;
@@ -101,6 +101,7 @@ impl ByteSink for RecordingSink {
     }
     fn wait_room(&self, _stop: &dyn Fn() -> bool) {}
     fn kick(&self) {}
+    fn on_room(&self, _callback: Callback) {}
 }
 
 /// A PCI function as one range: configuration space, then BAR 0.
@@ -150,11 +151,12 @@ fn is_config_access(offset: u64, len: usize) -> bool {
 }
 
 /// A sink that is full until it is told otherwise.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct GatedSink {
     bytes: Mutex<Vec<u8>>,
     open: Mutex<bool>,
     changed: Condvar,
+    on_room: OnceLock<Callback>,
 }
 
 impl GatedSink {
@@ -167,6 +169,9 @@ impl GatedSink {
     pub fn open(&self) {
         *lock(&self.open) = true;
         self.changed.notify_all();
+        if let Some(tell) = self.on_room.get() {
+            tell();
+        }
     }
 }
 
@@ -189,5 +194,9 @@ impl ByteSink for GatedSink {
     fn kick(&self) {
         let _open = lock(&self.open);
         self.changed.notify_all();
+    }
+
+    fn on_room(&self, callback: Callback) {
+        let _ = self.on_room.set(callback);
     }
 }
