@@ -21,7 +21,7 @@ pub enum ThreadKind {
     ConsoleWriter,
     /// Serves queues of a block device: makes the system calls of `ovms_disk::Stack`.
     Block,
-    /// Serves queues of any other device: `getrandom`, and what [`crate::virtio::MemoryDiscard`] does.
+    /// Serves queues of all other devices: `getrandom`, and what [`crate::virtio::MemoryDiscard`] does.
     Device,
 }
 

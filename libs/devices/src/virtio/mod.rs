@@ -14,7 +14,8 @@
 //!
 //! Every device is a folder of the same files: `mod` says what it is, `device` has features, configuration space and
 //! the [`VirtioDevice`] trait, `worker` serves the queues, `persist` saves it. A new one takes those four, a
-//! `Worker` per direction or queue that must not wait for another, and a test that calls
+//! `Worker` per direction or queue that must not wait for another (on a [`WorkerThread`] of its own if it waits for the
+//! host), and a test that calls
 //! `testkit::virtio::device`, which is the whole contract.
 
 pub mod balloon;
@@ -37,6 +38,7 @@ use crate::sync::lock;
 use crate::GuestMemory;
 
 pub use queue::{Segment, MAX_SEGMENTS};
+pub use worker::WorkerThread;
 
 /// How a device tells its driver something. Implemented by the transport; may be called from any thread.
 pub trait VirtioInterrupt: Send + Sync {
@@ -92,8 +94,8 @@ pub enum ActivateError {
     /// The device is active already.
     #[error("the device is active")]
     Active,
-    /// The device's worker thread has ended.
-    #[error("the worker thread of the device has ended")]
+    /// The device's worker has ended.
+    #[error("the worker of the device has ended")]
     WorkerGone,
 }
 

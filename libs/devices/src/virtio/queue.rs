@@ -4,7 +4,6 @@
 //! come first, it ends, and it has at most [`MAX_SEGMENTS`]. A guest that changes a descriptor afterwards changes
 //! nothing. A chain that breaks a rule breaks the queue: the device stops and asks to be reset.
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -202,12 +201,17 @@ impl VirtQueue {
         self.queue.enable_notification(self.mem.as_ref()).map_err(QueueError::Ring)
     }
 
+    /// The most requests that a driver can have waiting, and that a turn should take.
+    pub(crate) fn size(&self) -> u16 {
+        self.queue.size()
+    }
+
     /// Serves what waits, one request after the other: `handle` returns how many bytes it wrote. Ends early, and says
-    /// so, after as many requests as the queue has entries or when `hurry` is set: pause and reset need not wait for a
-    /// driver that never stops.
+    /// so, after as many requests as the queue has entries or when `enough`, asked after each, says so: pause and reset,
+    /// and the others on the thread, need not wait for a driver that never stops.
     pub(crate) fn serve(
         &mut self,
-        hurry: &AtomicBool,
+        enough: impl Fn() -> bool,
         mut handle: impl FnMut(&GuestMemory, &Request) -> Result<u32, QueueError>,
     ) -> Result<Turn, QueueError> {
         let mut left = self.queue.size();
@@ -217,7 +221,7 @@ impl VirtQueue {
                 let written = handle(&self.mem, &request)?;
                 self.complete(request.head, written)?;
                 left = left.saturating_sub(1);
-                if left == 0 || hurry.load(Ordering::Relaxed) {
+                if left == 0 || enough() {
                     return Ok(Turn::More);
                 }
             }

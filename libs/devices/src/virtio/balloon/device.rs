@@ -9,10 +9,10 @@ use vmm_sys_util::eventfd::{EventFd, EFD_CLOEXEC, EFD_NONBLOCK};
 
 use super::worker::{BalloonWorker, Shared, PAGE};
 use crate::sync::lock;
-use crate::threads::{Spawner, ThreadKind};
 use crate::virtio::worker::Worker;
 use crate::virtio::{
-    read_bytes, ActivateError, ActiveState, ConfigNotifier, MemoryDiscard, QueueProgress, VirtioDevice, TYPE_BALLOON,
+    read_bytes, ActivateError, ActiveState, ConfigNotifier, MemoryDiscard, QueueProgress, VirtioDevice, WorkerThread,
+    TYPE_BALLOON,
 };
 
 /// Inflate, deflate, statistics, reporting.
@@ -78,16 +78,16 @@ pub struct Balloon {
 }
 
 impl Balloon {
-    /// An empty balloon with its thread; what it takes is given to `memory`.
+    /// An empty balloon that `thread` will serve; what it takes is given to `memory`.
     ///
     /// # Errors
-    /// The system has no thread or eventfd to give.
-    pub fn new(memory: Arc<dyn MemoryDiscard>, spawner: &Spawner) -> io::Result<Arc<Self>> {
+    /// The system has no eventfd to give.
+    pub fn new(memory: Arc<dyn MemoryDiscard>, thread: &mut WorkerThread) -> io::Result<Arc<Self>> {
         let ask_stats = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
         let shared = Arc::<Shared>::default();
         let work =
             BalloonWorker { shared: Arc::clone(&shared), memory, ask_stats: Arc::clone(&ask_stats), roles: Vec::new() };
-        let worker = Worker::spawn(spawner, ThreadKind::Device, "balloon", work)?;
+        let worker = thread.add(work);
         let (target, actual) = (AtomicU32::new(0), AtomicU32::new(0));
         Ok(Arc::new(Self { target, actual, shared, ask_stats, worker, notifier: ConfigNotifier::default() }))
     }
@@ -179,7 +179,7 @@ impl VirtioDevice for Balloon {
 mod tests {
     use super::*;
     use crate::testkit::driver::{function, guest_memory, Driver, Part};
-    use crate::testkit::virtio as virtio_contract;
+    use crate::testkit::{on_thread, virtio as virtio_contract};
     use ovms_state::Persist;
     use std::sync::Mutex;
 
@@ -208,7 +208,7 @@ mod tests {
 
     fn balloon() -> (Arc<Balloon>, Arc<Discards>) {
         let discards = Arc::<Discards>::default();
-        (Balloon::new(discards.clone(), &Spawner::default()).unwrap(), discards)
+        (on_thread(|thread| Balloon::new(discards.clone(), thread).unwrap()), discards)
     }
 
     fn pages(numbers: &[u32]) -> Vec<u8> {

@@ -141,14 +141,16 @@ impl QueueWorker for BalloonWorker {
     fn serve(&mut self, queues: &mut [VirtQueue], at: usize, hurry: &AtomicBool) -> Result<Turn, QueueError> {
         let Some(queue) = queues.get_mut(at) else { return Ok(Turn::Idle) };
         let memory = self.memory.as_ref();
+        // Giving memory back takes up to milliseconds a request, and others wait for the thread: one is a turn.
+        let one = || true;
         match self.role(queue) {
-            Some(Role::Inflate) => queue.serve(hurry, |mem, request| {
+            Some(Role::Inflate) => queue.serve(one, |mem, request| {
                 inflate(mem, memory, request);
                 Ok(0)
             }),
-            Some(Role::Deflate) => queue.serve(hurry, |_, _| Ok(0)),
+            Some(Role::Deflate) => queue.serve(|| hurry.load(Ordering::Relaxed), |_, _| Ok(0)),
             Some(Role::Stats) => self.take_stats(queue),
-            Some(Role::Reporting) => queue.serve(hurry, |_, request| {
+            Some(Role::Reporting) => queue.serve(one, |_, request| {
                 report(memory, request);
                 Ok(0)
             }),

@@ -1,6 +1,6 @@
 //! Serves one queue of a block device.
 
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 
 use super::device::FLUSH;
@@ -37,14 +37,17 @@ impl QueueWorker for BlockWorker {
         let shared = &self.shared;
         let executor = Executor { backend: shared.backend.as_ref(), id: &shared.id, write_through: self.write_through };
         let Some(queue) = queues.get_mut(at) else { return Ok(Turn::Idle) };
-        queue.serve(hurry, |mem, request| {
-            let (written, failure) = executor.execute(mem, request)?;
-            if let Some(Failure::Backend(error)) = failure {
-                if shared.log.allows() {
-                    tracing::warn!(error = &error as &dyn std::error::Error, "a request to the disk failed");
+        queue.serve(
+            || hurry.load(Ordering::Relaxed),
+            |mem, request| {
+                let (written, failure) = executor.execute(mem, request)?;
+                if let Some(Failure::Backend(error)) = failure {
+                    if shared.log.allows() {
+                        tracing::warn!(error = &error as &dyn std::error::Error, "a request to the disk failed");
+                    }
                 }
-            }
-            Ok(written)
-        })
+                Ok(written)
+            },
+        )
     }
 }

@@ -9,10 +9,9 @@ use vmm_sys_util::eventfd::{EventFd, EFD_CLOEXEC, EFD_NONBLOCK};
 use super::worker::{Receiver, Transmitter};
 use crate::console::{ByteSink, InputQueue};
 use crate::sync::lock;
-use crate::threads::{Spawner, ThreadKind};
 use crate::virtio::worker::Worker;
 use crate::virtio::{
-    read_bytes, ActivateError, ActiveState, ConfigNotifier, QueueProgress, VirtioDevice, TYPE_CONSOLE,
+    read_bytes, ActivateError, ActiveState, ConfigNotifier, QueueProgress, VirtioDevice, WorkerThread, TYPE_CONSOLE,
 };
 
 const SIZES: [u16; 2] = [256, 256];
@@ -41,22 +40,21 @@ pub struct Console {
 }
 
 impl Console {
-    /// A console between `input` and `sink`, with its threads. Its size is 0 by 0, "unknown".
+    /// A console between `input` and `sink` that `thread` will serve. Its size is 0 by 0, "unknown".
     ///
     /// # Errors
-    /// The system has no threads or eventfds to give.
-    pub fn new(input: Arc<InputQueue>, sink: Arc<dyn ByteSink>, spawner: &Spawner) -> io::Result<Arc<Self>> {
-        let data = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
-        let doorbell = Arc::clone(&data);
+    /// The system has no eventfds to give.
+    pub fn new(input: Arc<InputQueue>, sink: Arc<dyn ByteSink>, thread: &mut WorkerThread) -> io::Result<Arc<Self>> {
+        let (data, room) = (doorbell()?, doorbell()?);
+        let (on_data, on_room) = (Arc::clone(&data), Arc::clone(&room));
         input.on_data(move || {
-            let _ = doorbell.write(1);
+            let _ = on_data.write(1);
         });
-        let work = Receiver { input: Arc::clone(&input), data };
-        let receiver = Worker::spawn(spawner, ThreadKind::Device, "hvc-in", work)?;
-        let work = Transmitter { sink: Arc::clone(&sink) };
-        let waiting = Arc::clone(&sink);
-        let transmitter =
-            Worker::spawn(spawner, ThreadKind::Device, "hvc-out", work)?.with_nudge(move || waiting.kick());
+        sink.on_room(Box::new(move || {
+            let _ = on_room.write(1);
+        }));
+        let receiver = thread.add(Receiver { input: Arc::clone(&input), data });
+        let transmitter = thread.add(Transmitter { sink: Arc::clone(&sink), room });
         let (size, notifier) = (Mutex::default(), ConfigNotifier::default());
         Ok(Arc::new(Self { input, size, sink, receiver, transmitter, notifier }))
     }
@@ -69,6 +67,10 @@ impl Console {
             self.notifier.notify();
         }
     }
+}
+
+fn doorbell() -> io::Result<Arc<EventFd>> {
+    EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map(Arc::new)
 }
 
 impl VirtioDevice for Console {
@@ -143,13 +145,16 @@ impl VirtioDevice for Console {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::console::Writer;
     use crate::testkit::driver::{Driver, Part, QUEUE_SIZE};
-    use crate::testkit::{virtio as virtio_contract, GatedSink, RecordingSink};
+    use crate::testkit::{on_thread, virtio as virtio_contract, GatedSink, RecordingSink};
+    use crate::threads::Spawner;
+    use std::io::Read;
     use std::time::{Duration, Instant};
 
     fn console() -> (Arc<Console>, Arc<InputQueue>, Arc<RecordingSink>) {
         let (input, sink) = (Arc::<InputQueue>::default(), Arc::<RecordingSink>::default());
-        (Console::new(input.clone(), sink.clone(), &Spawner::default()).unwrap(), input, sink)
+        (on_thread(|thread| Console::new(input.clone(), sink.clone(), thread).unwrap()), input, sink)
     }
 
     #[test]
@@ -202,7 +207,7 @@ mod tests {
     #[test]
     fn full_sink_holds_output_back_but_neither_input_nor_pause() {
         let (input, sink) = (Arc::<InputQueue>::default(), Arc::<GatedSink>::default());
-        let console = Console::new(input.clone(), sink.clone(), &Spawner::default()).unwrap();
+        let console = on_thread(|thread| Console::new(input.clone(), sink.clone(), thread).unwrap());
         let mut driver = Driver::ready(console, 0);
         let (head, _) = driver.prepare(1, &[Part::Out(b"x")]);
         driver.offer(1, head);
@@ -217,6 +222,28 @@ mod tests {
         sink.open();
         driver.wait_used(1).unwrap();
         assert_eq!(sink.bytes(), b"x");
+    }
+
+    #[test]
+    fn flood_into_a_reader_that_comes_late_arrives_whole() {
+        let (mut reader, writer) = std::io::pipe().unwrap();
+        let sink = Arc::new(Writer::spawn(writer.into(), &Spawner::default()).unwrap());
+        let console = on_thread(|thread| Console::new(Arc::default(), sink.clone(), thread).unwrap());
+        let mut driver = Driver::ready(console, 0);
+        let text: Vec<u8> = (0..4_000_000u32).map(|i| (i % 251) as u8).collect();
+        let expected = text.clone();
+        let reading = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(50));
+            let mut got = Vec::new();
+            reader.read_to_end(&mut got).unwrap();
+            assert!(got == expected);
+        });
+        for chunk in text.chunks(61_000) {
+            driver.request(1, &[Part::Out(chunk)]);
+        }
+        assert_eq!(sink.flush_and_close(Instant::now() + Duration::from_secs(30)), 0);
+        drop((driver, sink));
+        reading.join().unwrap();
     }
 
     #[test]

@@ -5,7 +5,8 @@
 //!   host <── ByteSink   <─────────── transmit worker <── queue 1 (guest writes)
 //! ```
 //!
-//! The directions have a worker each: output that the host does not take must not keep a ^C from the guest.
+//! The directions have a worker each, which wait for nothing: while the host takes no output, what the guest writes stays
+//! in the queue, and a ^C still gets through.
 
 mod device;
 mod persist;

@@ -21,7 +21,10 @@ pub(super) struct Receiver {
 impl Receiver {
     /// Fills the driver's buffers while there is input. Buffers stay in the queue until there is.
     fn fill(&self, queue: &mut VirtQueue, hurry: &AtomicBool) -> Result<Turn, QueueError> {
-        while !self.input.is_empty() {
+        for _ in 0..queue.size() {
+            if self.input.is_empty() {
+                return Ok(Turn::Idle);
+            }
             if hurry.load(Ordering::Relaxed) {
                 return Ok(Turn::More);
             }
@@ -36,7 +39,7 @@ impl Receiver {
             let written = copy_to(queue.memory(), &request.writable, 0, &bytes);
             queue.complete(request.head, u32::try_from(written).unwrap_or(0))?;
         }
-        Ok(Turn::Idle)
+        Ok(Turn::More)
     }
 }
 
@@ -57,32 +60,43 @@ impl QueueWorker for Receiver {
 /// Guest to host.
 pub(super) struct Transmitter {
     pub(super) sink: Arc<dyn ByteSink>,
+    /// Signalled when a full sink has room again.
+    pub(super) room: Arc<EventFd>,
 }
 
 impl QueueWorker for Transmitter {
     fn serve(&mut self, queues: &mut [VirtQueue], at: usize, hurry: &AtomicBool) -> Result<Turn, QueueError> {
         let Some(queue) = queues.get_mut(at) else { return Ok(Turn::Idle) };
-        self.sink.wait_room(&|| hurry.load(Ordering::Relaxed));
-        if self.sink.is_full() {
-            return Ok(Turn::More);
-        }
         let sink = &self.sink;
-        queue.serve(hurry, |mem, request| {
-            // One request may say the same memory many times over; what a driver means to print is not that long.
-            let mut left = total(&request.readable).min(crate::console::MAX_PUSH);
-            let mut offset = 0u64;
-            let mut chunk = [0; CHUNK];
-            while left > 0 {
-                let want = usize::try_from(left).unwrap_or(CHUNK).min(CHUNK);
-                let Some(part) = chunk.get_mut(..want) else { break };
-                let got = copy_from(mem, &request.readable, offset, part);
-                sink.push(part.get(..got).unwrap_or_default());
-                offset = offset.saturating_add(got as u64);
-                left = left.saturating_sub(want as u64);
-            }
-            // Room is waited for between requests: this one is taken, and must be answered.
-            sink.wait_room(&|| hurry.load(Ordering::Relaxed));
-            Ok(0)
-        })
+        if sink.is_full() {
+            // Requests stay in the queue until there is room.
+            return Ok(Turn::Idle);
+        }
+        queue.serve(
+            || hurry.load(Ordering::Relaxed) || sink.is_full(),
+            |mem, request| {
+                // One request may say the same memory many times over; what a driver means to print is not that long.
+                let mut left = total(&request.readable).min(crate::console::MAX_PUSH);
+                let mut offset = 0u64;
+                let mut chunk = [0; CHUNK];
+                while left > 0 {
+                    let want = usize::try_from(left).unwrap_or(CHUNK).min(CHUNK);
+                    let Some(part) = chunk.get_mut(..want) else { break };
+                    let got = copy_from(mem, &request.readable, offset, part);
+                    sink.push(part.get(..got).unwrap_or_default());
+                    offset = offset.saturating_add(got as u64);
+                    left = left.saturating_sub(want as u64);
+                }
+                Ok(0)
+            },
+        )
+    }
+
+    fn wake_fd(&self) -> Option<Arc<EventFd>> {
+        Some(Arc::clone(&self.room))
+    }
+
+    fn woken(&mut self, queues: &mut [VirtQueue], hurry: &AtomicBool) -> Result<Turn, QueueError> {
+        self.serve(queues, 0, hurry)
     }
 }

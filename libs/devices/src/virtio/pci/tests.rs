@@ -5,7 +5,7 @@ use crate::threads::{Spawner, ThreadKind};
 use crate::virtio::queue::{copy_from, copy_to, total, QueueError, Turn, VirtQueue};
 use crate::virtio::worker::{QueueWorker, Worker};
 use ovms_state::{Persist, Section, StateError};
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 /// Copies what it reads into what it may write.
@@ -20,12 +20,15 @@ const POISON: &[u8] = b"a defect of ours";
 
 impl QueueWorker for EchoWorker {
     fn serve(&mut self, queues: &mut [VirtQueue], at: usize, hurry: &AtomicBool) -> Result<Turn, QueueError> {
-        queues[at].serve(hurry, |mem, request| {
-            let mut data = vec![0; total(&request.readable).min(4096) as usize];
-            copy_from(mem, &request.readable, 0, &mut data);
-            assert_ne!(data, POISON);
-            Ok(copy_to(mem, &request.writable, 0, &data) as u32)
-        })
+        queues[at].serve(
+            || hurry.load(Ordering::Relaxed),
+            |mem, request| {
+                let mut data = vec![0; total(&request.readable).min(4096) as usize];
+                copy_from(mem, &request.readable, 0, &mut data);
+                assert_ne!(data, POISON);
+                Ok(copy_to(mem, &request.writable, 0, &data) as u32)
+            },
+        )
     }
 }
 

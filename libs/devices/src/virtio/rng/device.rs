@@ -1,13 +1,11 @@
 //! The device: one queue, no configuration.
 
-use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 
 use super::worker::{Budget, RngWorker};
-use crate::threads::{Spawner, ThreadKind};
 use crate::virtio::worker::Worker;
-use crate::virtio::{ActivateError, ActiveState, QueueProgress, VirtioDevice, TYPE_RNG};
+use crate::virtio::{ActivateError, ActiveState, QueueProgress, VirtioDevice, WorkerThread, TYPE_RNG};
 
 const SIZES: [u16; 1] = [64];
 
@@ -17,13 +15,10 @@ pub struct Rng {
 }
 
 impl Rng {
-    /// An entropy source with its thread.
-    ///
-    /// # Errors
-    /// The system has no thread or eventfd to give.
-    pub fn new(spawner: &Spawner) -> io::Result<Arc<Self>> {
+    /// An entropy source that `thread` will serve.
+    pub fn new(thread: &mut WorkerThread) -> Arc<Self> {
         let work = RngWorker { budget: Budget::new(Instant::now()) };
-        Ok(Arc::new(Self { worker: Worker::spawn(spawner, ThreadKind::Device, "rng", work)? }))
+        Arc::new(Self { worker: thread.add(work) })
     }
 }
 
@@ -75,10 +70,10 @@ mod tests {
     use super::super::{BYTES_PER_SECOND, MAX_REQUEST_BYTES};
     use super::*;
     use crate::testkit::driver::{Driver, Part};
-    use crate::testkit::virtio as virtio_contract;
+    use crate::testkit::{on_thread, virtio as virtio_contract};
 
     fn rng() -> Arc<Rng> {
-        Rng::new(&Spawner::default()).unwrap()
+        on_thread(Rng::new)
     }
 
     #[test]

@@ -55,7 +55,7 @@ pub(super) struct RngWorker {
 
 impl RngWorker {
     fn fill(&mut self, queue: &mut VirtQueue, hurry: &AtomicBool) -> Result<Turn, QueueError> {
-        loop {
+        for _ in 0..queue.size() {
             if hurry.load(Ordering::Relaxed) {
                 return Ok(Turn::More);
             }
@@ -84,6 +84,7 @@ impl RngWorker {
             self.budget.take(written.max(1));
             queue.complete(request.head, u32::try_from(written).unwrap_or(0))?;
         }
+        Ok(Turn::More)
     }
 }
 
