@@ -15,7 +15,7 @@ use crate::launch::Packet;
 use crate::log::{self, LogPipe};
 use crate::machine::{limit_sends, with_overhead, ExitInfo, Machine, State, DEATH};
 use crate::monitor;
-use crate::process::{self, find_vmm, Cradle, Process, Report};
+use crate::process::{self, find_vmm, Cradle, Process};
 use crate::record::{self, check_name, Claim, Found, Record, Slot};
 use crate::serve::Server;
 use crate::shared::{micros, Inner, Parts, Patience, Remains, SPAWNED};
@@ -128,7 +128,7 @@ impl Engine {
             return Err(err);
         }
         let machine = Machine::new(Arc::clone(&inner));
-        match build(&inner, packet, born.report, &vmm, spec.oom_score_adj) {
+        match build(&inner, packet, spec.oom_score_adj) {
             Ok(()) => Ok(machine),
             Err(err) => {
                 machine
@@ -244,7 +244,6 @@ struct Born {
     process: Process,
     channel: Channel,
     log: LogPipe,
-    report: Report,
 }
 
 fn spawn(vmm: &Path, spec: &CreateSpec, cgroup: &Cgroup) -> Result<Born> {
@@ -252,23 +251,22 @@ fn spawn(vmm: &Path, spec: &CreateSpec, cgroup: &Cgroup) -> Result<Born> {
     let (channel, theirs) = Channel::pair().map_err(|err| internal("a control socket cannot be made").because(err))?;
     limit_sends(&channel)?;
     let (log, log_end) = log::pipe(&spec.id).map_err(Error::io("a pipe for the VMM's log cannot be made"))?;
-    let (process, report) = Process::spawn(Cradle {
+    let process = Process::spawn(Cradle {
         program: vmm,
         id: &spec.id,
         control: theirs.into(),
         log: log_end,
         birthplace: &cgroup.birthplace()?,
     })?;
-    Ok(Born { process, channel, log, report })
+    Ok(Born { process, channel, log })
 }
 
 /// Hands the machine's configuration over, and does what is left to do beside the VMM's own work.
-fn build(inner: &Inner, packet: Packet, report: Report, vmm: &Path, oom_score_adj: Option<i32>) -> Result<()> {
+fn build(inner: &Inner, packet: Packet, oom_score_adj: Option<i32>) -> Result<()> {
     let sent = inner.channel.send(&packet.config, &packet.fds());
     // The VMM has its own copies now: the lock on the disk and the ends of the console live and die with them.
     drop(packet);
     inner.step("configuration sent");
-    report.read(vmm)?;
     if let Some(adjustment) = oom_score_adj {
         adjust_oom_score(inner, adjustment);
     }

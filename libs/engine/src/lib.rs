@@ -42,7 +42,7 @@ mod uid;
 pub mod birth {
     pub use crate::ahead::{Ahead, HostFiles};
     pub use crate::cgroup::Birthplace;
-    pub use crate::process::{Cradle, Process, Report};
+    pub use crate::process::{Cradle, Process};
 }
 
 pub use engine::Engine;

@@ -2,7 +2,7 @@
 
 use std::ffi::CString;
 use std::fs::{self, File};
-use std::io::{self, Read};
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -19,7 +19,7 @@ use ovms_config::{programs, Settings};
 use crate::cgroup::Birthplace;
 use crate::error::{Error, Kind, Result};
 use crate::record::ProcessId;
-use crate::sys;
+use crate::sys::{self, SpawnError};
 
 /// Finds the VMM: where the settings say, else beside the running program, else in `PATH`.
 pub(crate) fn find_vmm(settings: &Settings) -> Result<PathBuf> {
@@ -62,40 +62,17 @@ pub struct Process {
     pidfd: OwnedFd,
 }
 
-/// How far a spawned program has come: closed without a word once `execve` has worked.
-pub struct Report(File);
-
-impl Report {
-    /// Waits for the `execve`.
-    pub fn read(mut self, program: &Path) -> Result<()> {
-        let mut errno = [0; 4];
-        match self.0.read_exact(&mut errno) {
-            Err(err) if err.kind() == io::ErrorKind::UnexpectedEof => Ok(()),
-            Err(err) => Err(Error::io("the VMM's start cannot be watched")(err)),
-            Ok(()) => {
-                let errno = i32::from_ne_bytes(errno);
-                let (kind, message) = match errno {
-                    ..0 => (Kind::Internal, "the VMM cannot join its cgroup".to_owned()),
-                    _ => (Kind::Unavailable, format!("the VMM {} cannot be executed", program.display())),
-                };
-                Err(Error::new(kind, message).because(io::Error::from_raw_os_error(errno.saturating_abs())))
-            }
-        }
-    }
-}
-
 impl Process {
-    /// Spawns a VMM. It closes its stray descriptors, leads a session of its own, and has an empty environment.
-    pub fn spawn(cradle: Cradle<'_>) -> Result<(Self, Report)> {
+    /// Spawns a VMM and waits until its program is executed. It closes its stray descriptors, leads a session of its own,
+    /// and has an empty environment.
+    pub fn spawn(cradle: Cradle<'_>) -> Result<Self> {
         let error = || Error::io("the VMM cannot be spawned");
         let program = c_string(cradle.program.as_os_str().as_bytes())?;
         let words = [c_string(VMM_BINARY.as_bytes())?, c_string(b"--id")?, c_string(cradle.id.as_bytes())?];
         let argv: Vec<_> = words.iter().map(|arg| arg.as_ptr()).chain([ptr::null()]).collect();
         let null = File::options().read(true).write(true).open("/dev/null").map_err(error())?;
-        let (report, report_end) =
-            nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(io::Error::from).map_err(error())?;
         let (null, log) = (high(&null).map_err(error())?, high(&cradle.log).map_err(error())?);
-        let (control, report_end) = (high(&cradle.control).map_err(error())?, high(&report_end).map_err(error())?);
+        let control = high(&cradle.control).map_err(error())?;
         let birth = sys::Birth {
             program: &program,
             argv: &argv,
@@ -103,18 +80,22 @@ impl Process {
             null: null.as_fd(),
             log: log.as_fd(),
             control: control.as_fd(),
-            report: report_end.as_fd(),
             cgroup: cradle.birthplace.dir.as_ref().map(AsFd::as_fd),
             tasks: &cradle.birthplace.tasks,
         };
-        let (pid, pidfd) = sys::spawn(&birth).map_err(|err| match err.kind() {
-            io::ErrorKind::PermissionDenied => {
+        let (pid, pidfd) = sys::spawn(&birth).map_err(|err| match err {
+            SpawnError::Clone(err) if err.kind() == io::ErrorKind::PermissionDenied => {
                 Error::new(Kind::FailedPrecondition, "a machine's namespaces need root: run as root").because(err)
             }
-            _ => error()(err),
+            SpawnError::Clone(err) => error()(err),
+            SpawnError::Cgroup(err) => Error::io("the VMM cannot join its cgroup")(err),
+            SpawnError::Exec(err) => {
+                let message = format!("the VMM {} cannot be executed", cradle.program.display());
+                Error::new(Kind::Unavailable, message).because(err)
+            }
         })?;
         let start_time = start_time(pid).map_err(error())?;
-        Ok((Self { id: ProcessId { pid, start_time }, pidfd }, Report(File::from(report))))
+        Ok(Self { id: ProcessId { pid, start_time }, pidfd })
     }
 
     /// Takes over a child that a test has made.
@@ -249,6 +230,23 @@ mod tests {
         assert!(err.to_string().contains("paths.vmm"), "{err}");
     }
 
+    #[test]
+    #[ignore = "needs root"]
+    fn spawn_into_a_cgroup_that_takes_nobody_returns_why_and_leaves_no_child() {
+        let full = || File::options().write(true).open("/dev/full").unwrap();
+        let spawned = Process::spawn(Cradle {
+            program: Path::new("/bin/true"),
+            id: "vm1",
+            control: full().into(),
+            log: full().into(),
+            birthplace: &Birthplace { dir: None, tasks: vec![full().into()] },
+        });
+        let err = spawned.err().unwrap();
+        assert!(err.chain().contains("cannot join its cgroup: No space left on device"), "{}", err.chain());
+        let children = fs::read_to_string("/proc/thread-self/children").unwrap_or_default();
+        assert_eq!(children.trim(), "");
+    }
+
     /// A host may mount version 2 beside version 1 (without controllers): enough to be born in one of its cgroups.
     #[test]
     #[ignore = "needs root and a cgroup2 mount"]
@@ -264,7 +262,7 @@ mod tests {
         let open = File::open(&cgroup).unwrap();
         let null = || File::options().write(true).open("/dev/null").unwrap().into();
 
-        let (process, report) = Process::spawn(Cradle {
+        let process = Process::spawn(Cradle {
             program: &program,
             id: "vm1",
             control: null(),
@@ -272,7 +270,6 @@ mod tests {
             birthplace: &Birthplace { dir: Some(open.into()), tasks: Vec::new() },
         })
         .unwrap();
-        report.read(&program).unwrap();
         let inside = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap();
         process.kill().unwrap();
         let status = process.reap();

@@ -4,17 +4,17 @@ use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
+use std::sync::atomic::{AtomicI32, Ordering};
 
 use libc::{c_char, c_int, c_long};
+use nix::sys::wait::{waitid, Id, WaitPidFlag};
 
 /// Lowest descriptor that the caller's own may have, so that none of them is overwritten when they are put in place.
 pub(crate) const FIRST_FREE_FD: RawFd = 10;
 /// Where the VMM finds its control socket.
 const CONTROL_FD: RawFd = 3;
-/// Where the child reports a failed `execve`; closed by a successful one.
-const REPORT_FD: RawFd = 4;
 
 /// `CLONE_CLEAR_SIGHAND` and `CLONE_INTO_CGROUP` of the kernel's include/uapi/linux/sched.h (libc's do not fit their type).
 const CLONE_CLEAR_SIGHAND: u64 = 1 << 32;
@@ -60,17 +60,29 @@ pub(crate) struct Birth<'a> {
     pub(crate) log: BorrowedFd<'a>,
     /// Becomes 3.
     pub(crate) control: BorrowedFd<'a>,
-    /// Takes the number of the error (4 bytes) if the program cannot be executed, or its negative if the child cannot
-    /// join its cgroups.
-    pub(crate) report: BorrowedFd<'a>,
     /// cgroup v2 directory that the child is born in.
     pub(crate) cgroup: Option<BorrowedFd<'a>>,
     /// `tasks` files of cgroups v1 into which the child writes itself.
     pub(crate) tasks: &'a [OwnedFd],
 }
 
-/// Makes a child in its own namespaces and cgroup that executes the program; returns its pid and its pidfd.
-pub(crate) fn spawn(birth: &Birth<'_>) -> io::Result<(u32, OwnedFd)> {
+/// Why there is no child that executes the program.
+#[derive(Debug)]
+pub(crate) enum SpawnError {
+    /// There was none.
+    Clone(io::Error),
+    /// It could not join a cgroup.
+    Cgroup(io::Error),
+    /// It could not execute the program.
+    Exec(io::Error),
+}
+
+/// What the child says of itself: 0, the number of the error of its `execve`, or the negative of that of its cgroup.
+type Failure = AtomicI32;
+
+/// Makes a child in its own namespaces and cgroup that executes the program; returns its pid and its pidfd when it does.
+pub(crate) fn spawn(birth: &Birth<'_>) -> Result<(u32, OwnedFd), SpawnError> {
+    let failure = Failure::new(0);
     let mut pidfd: c_int = -1;
     // Of units that are aligned as a stack is.
     let mut stack = vec![MaybeUninit::<u128>::uninit(); CHILD_STACK / size_of::<u128>()];
@@ -87,10 +99,10 @@ pub(crate) fn spawn(birth: &Birth<'_>) -> io::Result<(u32, OwnedFd)> {
         args.cgroup = dir.as_raw_fd() as u64;
     }
     let result: c_long;
-    // SAFETY: `args` is a live CloneArgs of the size given; `pidfd`, `stack` and `birth` outlive the child's use of them,
-    // since the call returns here only when the child has executed its program or has ended (CLONE_VFORK). The child
-    // does not return here: it begins on its own stack, whose end is aligned for a call, with all registers of ours, and
-    // calls `child` with `birth`. Other threads may hold locks of the allocator, so it must make async-signal-safe calls
+    // SAFETY: `args` is a live CloneArgs of the size given; `pidfd`, `stack`, `birth` and `failure` outlive the child's use
+    // of them, since the call returns here only when the child has executed its program or has ended (CLONE_VFORK). The
+    // child does not return here: it begins on its own stack, whose end is aligned for a call, with all registers of ours,
+    // and calls `child`. Other threads may hold locks of the allocator, so it must make async-signal-safe calls
     // only, which `child` upholds. The kernel changes rax, rcx and r11 (x86-64 ABI, A.2.1).
     unsafe {
         std::arch::asm!(
@@ -99,10 +111,12 @@ pub(crate) fn spawn(birth: &Birth<'_>) -> io::Result<(u32, OwnedFd)> {
             "jnz 2f",
             "xor ebp, ebp",
             "mov rdi, {birth}",
+            "mov rsi, {failure}",
             "call {child}",
             "ud2",
             "2:",
             birth = in(reg) ptr::from_ref(birth),
+            failure = in(reg) ptr::from_ref(&failure),
             child = sym child,
             inlateout("rax") libc::SYS_clone3 => result,
             in("rdi") &raw const args,
@@ -112,26 +126,33 @@ pub(crate) fn spawn(birth: &Birth<'_>) -> io::Result<(u32, OwnedFd)> {
         );
     }
     if result < 0 {
-        return Err(io::Error::from_raw_os_error((-result) as i32));
+        return Err(SpawnError::Clone(io::Error::from_raw_os_error((-result) as i32)));
     }
     // SAFETY: the kernel has put a new descriptor there that nobody else owns.
-    Ok((result as u32, unsafe { OwnedFd::from_raw_fd(pidfd) }))
+    let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
+    let errno = failure.into_inner();
+    if errno == 0 {
+        return Ok((result as u32, pidfd));
+    }
+    // Nobody else knows of it.
+    let _ = waitid(Id::PIDFd(pidfd.as_fd()), WaitPidFlag::WEXITED);
+    let error = io::Error::from_raw_os_error(errno.saturating_abs());
+    Err(if errno < 0 { SpawnError::Cgroup(error) } else { SpawnError::Exec(error) })
 }
 
 /// The child's way from `clone3` to `execve`.
 ///
 /// # Safety
 /// Must be called in a child whose parent's thread stands still: it has the memory and the `errno` of that. Makes only
-/// async-signal-safe calls, writes to nothing but its stack and `errno`, and never returns.
-unsafe extern "C" fn child(birth: &Birth<'_>) -> ! {
+/// async-signal-safe calls, writes to nothing but its stack, `errno` and `failure`, and never returns.
+unsafe extern "C" fn child(birth: &Birth<'_>, failure: &Failure) -> ! {
     // SAFETY: the arrays in `birth` end in null pointers and its strings in zeroes (the caller built them from
     // CStrings); every call here is async-signal-safe.
     unsafe {
         for tasks in birth.tasks {
             // "0" is whoever writes it.
             if libc::write(tasks.as_raw_fd(), c"0".as_ptr().cast(), 1) != 1 {
-                let errno: c_int = -*libc::__errno_location();
-                libc::write(birth.report.as_raw_fd(), (&raw const errno).cast(), size_of::<c_int>());
+                failure.store(-*libc::__errno_location(), Ordering::Relaxed);
                 libc::_exit(127)
             }
         }
@@ -140,17 +161,14 @@ unsafe extern "C" fn child(birth: &Birth<'_>) -> ! {
             && libc::dup2(birth.null.as_raw_fd(), 1) >= 0
             && libc::dup2(birth.log.as_raw_fd(), 2) >= 0
             && libc::dup2(birth.control.as_raw_fd(), CONTROL_FD) >= 0
-            && libc::dup3(birth.report.as_raw_fd(), REPORT_FD, libc::O_CLOEXEC) >= 0
-            && libc::syscall(libc::SYS_close_range, c_long::from(REPORT_FD + 1), c_long::from(u32::MAX), 0) == 0;
+            && libc::syscall(libc::SYS_close_range, c_long::from(CONTROL_FD + 1), c_long::from(u32::MAX), 0) == 0;
         if moved {
             let mut none: libc::sigset_t = std::mem::zeroed();
             libc::sigemptyset(&raw mut none);
             libc::sigprocmask(libc::SIG_SETMASK, &raw const none, ptr::null_mut());
             libc::execve(birth.program.as_ptr(), birth.argv.as_ptr(), birth.envp.as_ptr());
         }
-        let errno: c_int = *libc::__errno_location();
-        libc::write(birth.report.as_raw_fd(), (&raw const errno).cast(), size_of::<c_int>());
-        libc::write(REPORT_FD, (&raw const errno).cast(), size_of::<c_int>());
+        failure.store(*libc::__errno_location(), Ordering::Relaxed);
         libc::_exit(127)
     }
 }

@@ -115,7 +115,7 @@ fn the_jail_stands() {
         .filter(|target| target.starts_with("/") && !target.starts_with(host.dir.path()))
         .filter(|target| !["/dev/null", "/dev/kvm", "/dev/userfaultfd"].contains(&target.to_str().unwrap()))
         // Which of its own pages were written, for snapshots.
-        .filter(|target| target != &PathBuf::from(format!("/{pid}/pagemap")))
+        .filter(|target| target != &PathBuf::from(format!("/proc/{pid}/pagemap")))
         .collect();
     assert!(sockets.is_empty(), "stray files in the jail: {sockets:?}");
     machine.kill().unwrap();

@@ -78,7 +78,7 @@ impl Machine {
     ) -> Result<Self> {
         let (console, writer) = pipe()?;
         let (channel, theirs) = Channel::pair()?;
-        let (process, report) = Process::spawn(Cradle {
+        let process = Process::spawn(Cradle {
             program: vmm,
             id: "bench",
             control: theirs.into(),
@@ -108,7 +108,6 @@ impl Machine {
         };
         let userfault = userfault.as_ref().map(|file| add(file.as_fd()));
         channel.send(&config(memory, start, userfault), &fds)?;
-        report.read(vmm)?;
         drop(writer);
         match channel.recv::<FromVmm>()?.0 {
             FromVmm::Configured { timeline } => Ok(Self { process, channel, console, asked: 0, timeline }),
