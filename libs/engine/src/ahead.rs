@@ -1,14 +1,15 @@
-//! What the kernel takes its time for and what depends on nothing but the host: begun on threads before the cgroup is
+//! What the kernel takes its time for and what depends on nothing but the host: begun on a thread before the cgroup is
 //! made and the VMM's program starts, and waited for when the VMM is to be told.
 //!
 //! ```text
-//!  Ahead::begin ──> /dev/kvm opened ──thread──> KVM_GET_SUPPORTED_CPUID, empty root: once ──┐
-//!       │                      └──────thread──> empty network namespace, 0.3 ms ────────────┤
-//!       └──> cgroup, VMM's program, machine's files ──────────────── Ahead::wait <──────────┘
+//!  Ahead::begin ──> /dev/kvm opened ──thread──> empty network namespace, 0.4 ms ──────────────┐
+//!       │                               the first time: KVM_GET_SUPPORTED_CPUID, empty root ──┤
+//!       └──> cgroup, VMM's program, machine's files ──────────────── Ahead::wait <────────────┘
 //! ```
 //! All of it would cost the VMM more than it costs here: its memory slots and doorbells wait for the end of an RCU grace
 //! period, and KVM does not let go of its processor while it gathers what processors can do. What every machine of
-//! this process gets alike is made for the first of them and kept.
+//! this process gets alike is made for the first of them and kept. One thread, since on a host of two processors a
+//! second one would take its time from who begins it.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -38,9 +39,12 @@ struct Host {
 }
 
 /// On its way.
-pub struct Ahead {
-    host: Pending<Arc<Host>>,
-    netns: Pending<File>,
+pub struct Ahead(JoinHandle<Result<Made>>);
+
+/// What comes of it.
+struct Made {
+    host: Arc<Host>,
+    netns: File,
 }
 
 /// What a VMM gets of its host.
@@ -55,28 +59,6 @@ pub struct HostFiles {
     pub netns: File,
 }
 
-enum Pending<T> {
-    Ready(T),
-    Begun(JoinHandle<Result<T>>),
-}
-
-impl<T: Send + 'static> Pending<T> {
-    fn begin(name: &str, make: impl FnOnce() -> Result<T> + Send + 'static) -> Result<Self> {
-        let thread = Builder::new().name(name.into()).stack_size(STACK).spawn(make);
-        thread.map(Self::Begun).map_err(Error::io("a thread that makes a machine's start shorter cannot be started"))
-    }
-
-    fn wait(self) -> Result<T> {
-        match self {
-            Self::Ready(made) => Ok(made),
-            Self::Begun(thread) => {
-                let panicked = || Error::new(Kind::Internal, "a thread that makes a machine's start shorter panicked");
-                thread.join().unwrap_or_else(|_| Err(panicked()))
-            }
-        }
-    }
-}
-
 impl Ahead {
     /// Opens the hypervisor's device and the network namespace that `netns` names; none: begins an empty one.
     ///
@@ -85,19 +67,21 @@ impl Ahead {
     /// thread to give.
     pub fn begin(kvm: &Path, netns: Option<&Path>) -> Result<Self> {
         let host = match HOST.get().filter(|host| host.path == kvm) {
-            Some(known) => Pending::Ready(Arc::clone(known)),
-            None => {
-                let (path, device) = (kvm.to_owned(), open_kvm(kvm)?);
-                Pending::begin("ovms-host", || Host::ask(path, device).map(Arc::new))?
-            }
+            Some(host) => Known::Host(Arc::clone(host)),
+            None => Known::Device(kvm.to_owned(), open_kvm(kvm)?),
         };
-        let netns = match netns {
-            Some(path) => Pending::Ready(open_netns(path)?),
-            None => Pending::begin("ovms-netns", || {
-                namespaces::empty_network().map_err(refused("an empty network namespace cannot be made"))
-            })?,
+        let netns = netns.map(open_netns).transpose()?;
+        let make = move || {
+            // First, since it needs /proc, which the empty root does not have.
+            let netns = match netns {
+                Some(named) => named,
+                None => namespaces::empty_network().map_err(refused("an empty network namespace cannot be made"))?,
+            };
+            Ok(Made { host: host.ask()?, netns })
         };
-        Ok(Self { host, netns })
+        let thread = Builder::new().name("ovms-ahead".into()).stack_size(STACK).spawn(make);
+        let thread = thread.map_err(Error::io("a thread that makes a machine's start shorter cannot be started"))?;
+        Ok(Self(thread))
     }
 
     /// Waits for what was begun.
@@ -106,8 +90,8 @@ impl Ahead {
     /// `Unavailable` if the hypervisor does not answer, `FailedPrecondition` or `Internal` if there is a namespace that
     /// cannot be made.
     pub fn wait(self) -> Result<HostFiles> {
-        let host = self.host.wait()?;
-        let netns = self.netns.wait()?;
+        let panicked = || Error::new(Kind::Internal, "a thread that makes a machine's start shorter panicked");
+        let Made { host, netns } = self.0.join().unwrap_or_else(|_| Err(panicked()))?;
         let share = |file: &File| file.try_clone().map_err(Error::io("what every machine gets cannot be shared"));
         let files = HostFiles { kvm: share(&host.kvm)?, cpuid: share(&host.cpuid)?, root: share(&host.root)?, netns };
         // Whoever was first has the same.
@@ -116,13 +100,23 @@ impl Ahead {
     }
 }
 
-impl Host {
-    fn ask(path: PathBuf, kvm: File) -> Result<Self> {
+/// What is known of the host so far.
+enum Known {
+    Host(Arc<Host>),
+    Device(PathBuf, File),
+}
+
+impl Known {
+    fn ask(self) -> Result<Arc<Host>> {
+        let (path, kvm) = match self {
+            Self::Host(host) => return Ok(host),
+            Self::Device(path, kvm) => (path, kvm),
+        };
         let cpuid = supported_cpuid(&kvm).map_err(|err| {
             Error::new(Kind::Unavailable, "the hypervisor does not say what its processors can do").because(err)
         })?;
         let root = namespaces::empty_root().map_err(refused("an empty root for VMMs cannot be made"))?;
-        Ok(Self { path, kvm, cpuid, root })
+        Ok(Arc::new(Host { path, kvm, cpuid, root }))
     }
 }
 
