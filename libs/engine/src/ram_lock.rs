@@ -7,6 +7,7 @@ use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::thread;
+use std::time::Duration;
 
 use ovms_disk::ReadAt;
 
@@ -15,6 +16,10 @@ use crate::sys::LockedMap;
 
 /// Bytes that are read at a time: this process's other mappings wait for it.
 const STEP: usize = 1 << 20;
+
+/// How long the guest has lived before the file is read for it. What it touches is locked by its VMM anyway; a thread that
+/// reads gigabytes would take a processor from its first moments.
+const PAUSE: Duration = Duration::from_millis(50);
 
 /// The mapping; it ends when this does.
 #[derive(Debug)]
@@ -40,13 +45,14 @@ impl RamLock {
         Ok(Self { map: Arc::new(map), file, length, ended: Arc::default() })
     }
 
-    /// Has a thread bring the file in, once the guest lives: it would be in the way of the start. Holes are left out: no
-    /// disk has to give them back.
+    /// Has a thread bring the file in, [`PAUSE`] after the guest began to live: it would be in the way of the start. Holes
+    /// are left out: no disk has to give them back.
     pub(crate) fn bring_in(&self) {
         let (map, length, ended) = (Arc::clone(&self.map), self.length, Arc::clone(&self.ended));
         let begin = || {
             let file = self.file.try_clone()?;
             let read = move || {
+                thread::sleep(PAUSE);
                 if let Err(err) = read(&file, &map, length, &ended) {
                     tracing::warn!(%err, "the RAM file is locked only where it is used");
                 }
@@ -90,7 +96,7 @@ mod tests {
     use super::*;
     use std::fs;
     use std::os::unix::fs::FileExt;
-    use std::time::{Duration, Instant};
+    use std::time::Instant;
 
     fn locked() -> u64 {
         let status = fs::read_to_string("/proc/self/status").unwrap();
