@@ -211,12 +211,12 @@ impl Engine {
     /// they themselves; a failure is told to the log alone.
     pub fn sweep(&self, namespace: &str) {
         let runtime = &self.settings.paths.runtime;
-        for record in self.list().into_iter().filter(|record| record.namespace == namespace) {
-            let Ok(Some(found)) = Found::open(runtime, namespace, &record.id) else { continue };
-            // Read again: what was there before we had the lock may be another's.
+        // By their directories: an engine that died at its first step has written no record.
+        for id in record::names(runtime, namespace) {
+            let Ok(Some(found)) = Found::open(runtime, namespace, &id) else { continue };
             let removed = found.is_stale().then(|| found.record().and_then(|record| self.remove(&found, record)));
             if let Some(Err(err)) = removed {
-                tracing::warn!(namespace, id = record.id, err = err.chain(), "a machine without an engine stays");
+                tracing::warn!(namespace, id, err = err.chain(), "a machine without an engine stays");
             }
         }
     }
@@ -410,4 +410,26 @@ impl Drop for CgroupGuard {
 
 fn taken() -> Error {
     Error::new(Kind::Internal, "a part of the machine was handed on twice")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sweep_removes_what_an_engine_left_before_its_first_record_and_nothing_of_a_living_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut settings = Settings::default();
+        settings.paths.runtime = dir.path().into();
+        let claim = |id| match Slot::claim(dir.path(), "ovm", id).unwrap() {
+            Claim::Ours(slot) => slot,
+            _ => panic!("the name {id} is free"),
+        };
+        drop(claim("killed"));
+        let _living = claim("living");
+
+        Engine::new(settings).sweep("ovm");
+
+        assert_eq!(record::names(dir.path(), "ovm"), ["living"]);
+    }
 }

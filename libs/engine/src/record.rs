@@ -289,6 +289,12 @@ pub(crate) fn all(runtime: &Path) -> Vec<Record> {
         .collect()
 }
 
+/// The machines of a namespace that have a directory, with or without a record.
+pub(crate) fn names(runtime: &Path, namespace: &str) -> Vec<String> {
+    let entries = fs::read_dir(runtime.join("machines").join(namespace)).into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.file_name().into_string().ok()).collect()
+}
+
 /// Where a machine's engine listens for other processes.
 pub(crate) fn socket(runtime: &Path, namespace: &str, id: &str) -> PathBuf {
     dir(runtime, namespace, id).join(ovms_proto::machine::SOCKET)
