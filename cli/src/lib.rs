@@ -83,7 +83,7 @@ pub fn ovm() -> ExitCode {
         return code;
     }
     let success = |()| ExitCode::SUCCESS;
-    close(match Cli::parse().verb {
+    close(match verb() {
         Verb::Build(args) => build::run(*args).map(success),
         Verb::Validate(args) => validate::run(&args).map(success),
         Verb::Inspect(args) => inspect::run(&args).map(success),
@@ -96,6 +96,17 @@ pub fn ovm() -> ExitCode {
         Verb::Ls(args) => ls::run(&args).map(success),
         Verb::Rmi(args) => ls::remove(&args).map(success),
     })
+}
+
+/// The verb of the command line. A start does not wait for the words of all the others to be gathered; what `run` alone does
+/// not understand, help among it, is told by the whole.
+fn verb() -> Verb {
+    let mut words = std::env::args_os().skip(1).peekable();
+    let run = words.peek().is_some_and(|word| word == "run").then(|| run::Args::try_parse_from(words));
+    match run {
+        Some(Ok(args)) => Verb::Run(args),
+        _ => Cli::parse().verb,
+    }
 }
 
 /// The program `ovm-transfer`, which `ovm` becomes for the verbs that speak to registries or containerd.

@@ -42,6 +42,10 @@ use ovms_config::Settings;
 use tokio::signal::unix::{signal, SignalKind};
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::fmt;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::daemon::Daemon;
 use crate::error::{Context, Result};
@@ -198,12 +202,13 @@ fn start_log(level: &str, format: LogFormat) -> Result<()> {
         Ok(_) => format!("warn,ovms_snapshotter={level}"),
         Err(_) => level.to_owned(),
     };
-    let filter = tracing_subscriber::EnvFilter::try_new(directives)
-        .context_kind(error::Kind::Invalid, || format!("{level:?} is no log level"))?;
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let filter: Targets =
+        directives.parse().context_kind(error::Kind::Invalid, || format!("{level:?} is no log level"))?;
+    let log = tracing_subscriber::registry().with(filter);
+    let lines = fmt::layer().with_writer(std::io::stderr);
     match format {
-        LogFormat::Text => log.with_ansi(false).init(),
-        LogFormat::Json => log.json().init(),
+        LogFormat::Text => log.with(lines.with_ansi(false)).init(),
+        LogFormat::Json => log.with(lines.json()).init(),
     }
     Ok(())
 }

@@ -33,6 +33,10 @@ use ovms_config::Settings;
 use ovms_engine::{
     BootChoice, CreateSpec, Engine, ExitInfo, ExitReason, Kind, Machine, MachineEvent, OnIncompatible, Stdio, Wishes,
 };
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::fmt;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::error::CliError;
 use crate::images::{self, Found};
@@ -397,7 +401,8 @@ fn unpack(cache: &Cache, found: &Found, quiet: bool) -> Result<Record, CliError>
 }
 
 fn start_log() {
-    if let Ok(filter) = tracing_subscriber::EnvFilter::try_from_env(LOG_ENV) {
-        tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).init();
+    let filter = std::env::var(LOG_ENV).ok().and_then(|text| text.parse::<Targets>().ok());
+    if let Some(filter) = filter {
+        tracing_subscriber::registry().with(fmt::layer().with_writer(io::stderr)).with(filter).init();
     }
 }
