@@ -18,7 +18,7 @@ use crate::monitor;
 use crate::process::{self, find_vmm, Cradle, Process};
 use crate::record::{self, check_name, Claim, Found, Record, Slot};
 use crate::serve::Server;
-use crate::shared::{micros, Inner, Parts, Patience, Remains, SPAWNED};
+use crate::shared::{micros, Inner, Parts, Patience, Remains};
 use crate::spec::{BootChoice, CreateSpec, OnIncompatible};
 use crate::uid::{self, UidLease};
 
@@ -85,7 +85,7 @@ impl Engine {
         timeline.push(("cgroup".to_owned(), micros(began.elapsed())));
         // Its program starts while we open its files.
         let born = BornGuard(Some(spawn(&vmm, &spec, cgroup.get()?)?));
-        timeline.push((SPAWNED.to_owned(), micros(began.elapsed())));
+        timeline.push(("spawned".to_owned(), micros(began.elapsed())));
         let mut packet = Packet::open(&mut spec, ahead, &self.settings)?;
         timeline.push(("files".to_owned(), micros(began.elapsed())));
         let uid = UidLease::take(&self.settings.paths.runtime, &self.settings.jail)?;
@@ -214,8 +214,15 @@ impl Engine {
         // By their directories: an engine that died at its first step has written no record.
         for id in record::names(runtime, namespace) {
             let Ok(Some(found)) = Found::open(runtime, namespace, &id) else { continue };
-            let removed = found.is_stale().then(|| found.record().and_then(|record| self.remove(&found, record)));
-            if let Some(Err(err)) = removed {
+            if !found.is_stale() {
+                continue;
+            }
+            let removed = found.record().and_then(|record| match record {
+                // It may have been made just now and not be locked yet.
+                None if !found.is_old() => Ok(None),
+                record => self.remove(&found, record),
+            });
+            if let Err(err) = removed {
                 tracing::warn!(namespace, id, err = err.chain(), "a machine without an engine stays");
             }
         }
@@ -426,10 +433,20 @@ mod tests {
             _ => panic!("the name {id} is free"),
         };
         drop(claim("killed"));
+        let age = |id| {
+            let machine = std::fs::File::open(dir.path().join("machines/ovm").join(id)).unwrap();
+            machine.set_modified(SystemTime::now() - Duration::from_secs(60)).unwrap();
+        };
+        age("killed");
         let _living = claim("living");
+        age("living");
+        // As if it were not locked yet.
+        drop(claim("beginning"));
 
         Engine::new(settings).sweep("ovm");
 
-        assert_eq!(record::names(dir.path(), "ovm"), ["living"]);
+        let mut left = record::names(dir.path(), "ovm");
+        left.sort();
+        assert_eq!(left, ["beginning", "living"]);
     }
 }

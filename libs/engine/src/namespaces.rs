@@ -1,8 +1,8 @@
 //! Namespaces that hold nothing, for VMMs to join.
 //!
 //! A thread leaves its namespace for a new one, opens it and ends; the descriptor keeps the namespace. A VMM that joins
-//! the empty root has no mount of the host's in reach, nor does it hold one back from being unmounted. To make it, the
-//! kernel looks at every thread of the host (`pivot_root`), which is why each VMM does not make its own.
+//! the empty root has no mount of the host's in reach, and the namespace holds none back from being unmounted. To make it,
+//! the kernel looks at every thread of the host (`pivot_root`), which is why each VMM does not make its own.
 
 use std::fs::File;
 use std::io;

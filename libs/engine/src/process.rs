@@ -94,8 +94,14 @@ impl Process {
                 Error::new(Kind::Unavailable, message).because(err)
             }
         })?;
-        let start_time = start_time(pid).map_err(error())?;
-        Ok(Self { id: ProcessId { pid, start_time }, pidfd })
+        let mut process = Self { id: ProcessId { pid, start_time: 0 }, pidfd };
+        process.id.start_time = start_time(pid).map_err(error()).inspect_err(|_| {
+            // Nobody else knows of it.
+            if process.kill().is_ok() {
+                process.reap();
+            }
+        })?;
+        Ok(process)
     }
 
     /// Takes over a child that a test has made.

@@ -124,7 +124,11 @@ impl Slot {
         let options = || File::options().write(true).create_new(true).mode(0o600).open(dir.join(LOCK));
         let file = options().map_err(error())?;
         match file.try_lock() {
-            Ok(()) => Ok(Claim::Ours(Self { dir, lock: file })),
+            Ok(()) => {
+                // Somebody may have taken it for left before it was locked.
+                let slot = Self { dir, lock: file };
+                Ok(if slot.is_ours() { Claim::Ours(slot) } else { Claim::Taken })
+            }
             Err(TryLockError::WouldBlock) => Ok(Claim::Taken),
             Err(TryLockError::Error(err)) => Err(error()(err)),
         }
@@ -196,6 +200,11 @@ impl Found {
         self.lock.is_some() || self.unborn
     }
 
+    /// Whether its engine, if it lives, has had the time to lock it and to write its record.
+    pub(crate) fn is_old(&self) -> bool {
+        is_old(&self.path)
+    }
+
     /// Whether it still is what the name means.
     pub(crate) fn is_current(&self) -> bool {
         let same = |now: fs::Metadata, own: fs::Metadata| (now.dev(), now.ino()) == (own.dev(), own.ino());
@@ -232,7 +241,7 @@ impl Found {
     }
 }
 
-/// Whether a directory was not changed for longer than it takes to make its lock.
+/// Whether a directory was not changed for longer than it takes to make its lock and its record.
 fn is_old(dir: &Path) -> bool {
     let changed = fs::metadata(dir).and_then(|meta| meta.modified());
     changed.is_ok_and(|changed| changed.elapsed().is_ok_and(|age| age > Duration::from_secs(10)))

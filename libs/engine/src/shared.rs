@@ -235,14 +235,13 @@ impl Inner {
         self.shared().timeline.push((name.to_owned(), now));
     }
 
-    /// Notes the VMM's own steps, which count from the beginning of its program. That lies between its birth and now; what
-    /// is known best of it is that the last of the first steps came just now.
+    /// Notes the VMM's own steps, which count from the beginning of its program: best known of that is that the last of the
+    /// first steps came just now.
     pub(crate) fn vmm_steps(&self, steps: Vec<(String, u64)>) {
         let now = micros(self.began.elapsed());
         let shared = &mut self.shared();
-        let spawned = shared.timeline.iter().find(|(name, _)| name == SPAWNED).map_or(0, |(_, at)| *at);
         let last = steps.last().map_or(0, |(_, at)| *at);
-        let program = *shared.program.get_or_insert(now.saturating_sub(last).max(spawned));
+        let program = *shared.program.get_or_insert(now.saturating_sub(last));
         shared.timeline.extend(steps.into_iter().map(|(name, at)| (format!("vmm {name}"), program.saturating_add(at))));
     }
 
@@ -317,9 +316,6 @@ impl Inner {
         listeners.all.push(listener);
     }
 }
-
-/// Step of the time line at which the VMM was born.
-pub(crate) const SPAWNED: &str = "spawned";
 
 /// Whole microseconds.
 pub(crate) fn micros(time: Duration) -> u64 {

@@ -18,7 +18,7 @@ use crate::machine::{limit_sends, Machine, MachineEvent, State};
 use crate::process::Process;
 use crate::record::{Claim, Record, Slot};
 use crate::serve::Server;
-use crate::shared::{Inner, Origin, Parts, Patience, Remains, SPAWNED};
+use crate::shared::{Inner, Origin, Parts, Patience, Remains};
 use crate::uid::UidLease;
 use crate::{log, monitor};
 
@@ -75,7 +75,7 @@ pub(crate) fn stage_with(origin: impl FnOnce(&Path) -> (Origin, Option<std::fs::
         overhead: 1 << 20,
         origin,
         began: Instant::now(),
-        timeline: vec![(SPAWNED.into(), 100)],
+        timeline: vec![("spawned".into(), 100)],
         stderr: None,
         ram_lock: None,
         recording,

@@ -92,7 +92,7 @@ pub(super) const ROWS: &[Row] = &[
     row("process.ioPriority", Refused(|_, _| Some("the VMM's threads keep the host's I/O priority (use linux.resources.blockIO.weight)".into())), "vCPU threads keep the host's"),
     row("process.execCPUAffinity", Ignored, "there is no exec"),
 
-    row("linux.namespaces", Refused(user_namespace), "network: joined by path, made empty without one, and made empty, with a warning, where the spec has none (`--net-host`); user: refused; all others: always the VMM's own"),
+    row("linux.namespaces", Refused(user_namespace), "network: joined by path, made empty without one, and made empty, with a warning, where the spec has none (`--net-host`); user: refused; mount: always one that holds an empty root; all others: always the VMM's own"),
     row("linux.uidMappings", Refused(|_, _| Some("the VMM has a user id of its own (remove --uidmap)".into())), "the VMM has an id of its own"),
     row("linux.gidMappings", Refused(|_, _| Some("the VMM has a group id of its own (remove --gidmap)".into())), "the VMM has an id of its own"),
     row("linux.timeOffsets", Refused(|_, _| Some("the guest has a clock of its own".into())), "the guest has a clock of its own"),
