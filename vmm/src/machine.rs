@@ -6,7 +6,7 @@ use std::sync::{mpsc, Arc};
 use std::time::Instant;
 
 use kvm_bindings::kvm_cpuid_entry2;
-use ovms_config::vm::VmSpec;
+use ovms_config::vm::{VmConfig, VmSpec};
 use ovms_devices::log_limit::LogLimit;
 use ovms_devices::machine::{EventSink, MachineEvent};
 use ovms_devices::threads::Spawner;
@@ -70,8 +70,39 @@ pub struct ThreadStart {
     pub beside: Box<dyn Fn(Chore)>,
 }
 
+/// A virtual machine without processors and devices, whose memory is on its way: where the MMU is shadowed the kernel takes
+/// 0.4 ms for each GiB, and all that is made of a machine asks nothing of it until the processors get their state.
+pub struct Base {
+    vm: Arc<Vm>,
+    ram: Ram,
+    supported: Vec<kvm_cpuid_entry2>,
+    slots: Slots,
+}
+
+impl Base {
+    /// Makes it, and has a thread add the memory.
+    ///
+    /// # Errors
+    /// [`BuildError::Fd`], [`BuildError::Kvm`].
+    pub fn new(config: &VmConfig, fds: &mut Fds, ram: Ram, start: &ThreadStart) -> Result<Self, BuildError> {
+        let device = fds.take(config.kvm)?;
+        let supported = kvm::read_supported_cpuid(&fds.take_file(config.cpuid)?)?;
+        let vm = Arc::new(Vm::new(device)?);
+        let (added, slots) = mpsc::channel();
+        let (theirs, memory) = (Arc::clone(&vm), ram.clone());
+        (start.beside)(Box::new(move || {
+            let _ = added.send(theirs.add_memory(&memory).map(|()| Instant::now()));
+        }));
+        Ok(Self { vm, ram, supported, slots })
+    }
+}
+
+/// When the kernel had the memory.
+type Slots = mpsc::Receiver<Result<Instant, KvmError>>;
+
 /// A machine whose processors stand until it is told to run.
 pub struct Machine {
+    slots: Slots,
     vm: Arc<Vm>,
     ram: Ram,
     vcpus: Vec<Vcpu>,
@@ -94,20 +125,16 @@ impl Machine {
     /// # Errors
     /// [`BuildError`].
     pub fn build(
+        base: Base,
         spec: &VmSpec,
         fds: &mut Fds,
-        ram: Ram,
         mail: Sender,
         start: &ThreadStart,
         saved: Option<&Saved>,
         timeline: &mut Recorder,
     ) -> Result<Self, BuildError> {
-        let config = spec.config();
-        let count = config.vcpus as u8;
-        let device = fds.take(config.kvm)?;
-        let supported = kvm::read_supported_cpuid(&fds.take_file(config.cpuid)?)?;
-        let vm = Arc::new(Vm::new(device)?);
-        timeline.passed("vm");
+        let Base { vm, ram, supported, slots } = base;
+        let count = spec.config().vcpus as u8;
         let gate = Arc::new(Gate::new(usize::from(count)));
         let hypervisor: Arc<dyn Hypervisor> = Arc::clone(&vm) as _;
         let environment = Environment {
@@ -118,7 +145,8 @@ impl Machine {
             saved,
             events: event_sink(mail.clone(), Arc::clone(&gate)),
         };
-        let devices = with_memory(&vm, &ram, start.beside.as_ref(), timeline, || Ok(Devices::new(&environment, fds)?))?;
+        let devices = Devices::new(&environment, fds)?;
+        timeline.passed("devices");
         let vcpus = (0..count).map(|index| Vcpu::new(&vm, index)).collect::<Result<Vec<_>, _>>()?;
         timeline.passed("kvm");
         let cpuid = describe_processors(&vm, &vcpus, &supported, saved)?;
@@ -145,7 +173,7 @@ impl Machine {
         if let Some(saved) = saved {
             saved.check_machine(&devices)?;
         }
-        Ok(Self { vm, ram, vcpus, threads, shared, devices, cpuid, working_set: None, paused })
+        Ok(Self { slots, vm, ram, vcpus, threads, shared, devices, cpuid, working_set: None, paused })
     }
 
     /// Gives the machine the state in which it boots `payload`.
@@ -158,6 +186,7 @@ impl Machine {
         timeline.passed("acpi");
         let entry = boot::load(&self.ram, payload, rsdp)?;
         timeline.passed("kernel");
+        self.await_memory(timeline)?;
         if let Some(first) = self.vcpus.first() {
             let fd = first.lock();
             regs::set_entry(&fd, &self.ram, entry).map_err(|err| BuildError::Registers(first.index(), err))?;
@@ -172,8 +201,16 @@ impl Machine {
     /// [`BuildError::Restore`]; the machine must not run then.
     pub fn restore(&self, saved: &Saved, timeline: &mut Recorder) -> Result<(), BuildError> {
         self.paused.store(true, Ordering::Relaxed);
+        self.await_memory(timeline)?;
         saved.restore(&self.vm, &self.ram, &self.vcpus, &self.devices)?;
         timeline.passed("sections");
+        Ok(())
+    }
+
+    /// Waits until KVM has the memory: a processor's state may refer to it (KVM_SET_SREGS reads the page directory pointers).
+    fn await_memory(&self, timeline: &mut Recorder) -> Result<(), BuildError> {
+        let panicked = |_| BuildError::Threads(io::Error::other("the thread that adds memory panicked"));
+        timeline.passed_at("slots", self.slots.recv().map_err(panicked)??);
         Ok(())
     }
 
@@ -276,28 +313,6 @@ impl Machine {
     pub fn exits(&self) -> u64 {
         self.threads.iter().map(Thread::exits).sum()
     }
-}
-
-/// Gives `vm` its memory while `devices` makes the devices: where the MMU is shadowed the kernel takes 0.4 ms for each GiB,
-/// and the devices ask nothing of it yet. Processors come after the memory, and doorbells after the processors
-/// ([`crate::kvm`]).
-fn with_memory<T>(
-    vm: &Arc<Vm>,
-    ram: &Ram,
-    beside: &dyn Fn(Chore),
-    timeline: &mut Recorder,
-    devices: impl FnOnce() -> Result<T, BuildError>,
-) -> Result<T, BuildError> {
-    let (added, slots) = mpsc::channel();
-    let (theirs, memory) = (Arc::clone(vm), ram.clone());
-    beside(Box::new(move || {
-        let _ = added.send(theirs.add_memory(&memory).map(|()| Instant::now()));
-    }));
-    let devices = devices()?;
-    timeline.passed("devices");
-    let panicked = |_| BuildError::Threads(io::Error::other("the thread that adds memory panicked"));
-    timeline.passed_at("slots", slots.recv().map_err(panicked)??);
-    Ok(devices)
 }
 
 /// Gives each processor what it says about itself, the host's or the snapshot's, and what firmware would have set.

@@ -16,7 +16,7 @@ use ovms_vmm::boot::Payload;
 use ovms_vmm::control::Owner;
 use ovms_vmm::fds::{FdError, Fds};
 use ovms_vmm::jail::{self, JailError};
-use ovms_vmm::machine::{BuildError, Machine, ThreadStart};
+use ovms_vmm::machine::{Base, BuildError, Machine, ThreadStart};
 use ovms_vmm::mailbox::Mailbox;
 use ovms_vmm::memory::{MemoryError, Ram};
 use ovms_vmm::report;
@@ -146,14 +146,17 @@ fn start(channel: &Channel, mut timeline: Recorder) -> Result<Started, StartErro
     timeline.passed("map");
     jail::enter(&config.jail, root, netns)?;
     timeline.passed("jail");
-    let origin = Origin::take(config, &mut fds)?;
     let (mail, mailbox) = Mailbox::new().map_err(StartError::Mailbox)?;
     let takers = Threads::start(host, mail.clone(), Arc::new(|| install(ThreadKind::Snapshot)));
     let takers = takers.map_err(StartError::Snapshots)?;
-    let watch = plan.start(ram.clone(), mail.clone(), Arc::new(|| install(ThreadKind::WorkingSet)));
-    let watch = watch.map_err(StartError::WorkingSet)?;
     let threads = thread_start(takers.first());
-    let mut machine = Machine::build(&spec, &mut fds, ram, mail, &threads, origin.saved(), &mut timeline)?;
+    let base = Base::new(config, &mut fds, ram.clone(), &threads)?;
+    timeline.passed("vm");
+    let origin = Origin::take(config, &mut fds)?;
+    timeline.passed("origin");
+    let watch = plan.start(ram, mail.clone(), Arc::new(|| install(ThreadKind::WorkingSet)));
+    let watch = watch.map_err(StartError::WorkingSet)?;
+    let mut machine = Machine::build(base, &spec, &mut fds, mail, &threads, origin.saved(), &mut timeline)?;
     if let Some(watch) = watch {
         machine.watch(watch);
     }

@@ -13,7 +13,7 @@ use ovms_devices::threads::Spawner;
 use ovms_state::{Arch, Fingerprint, Head, Section, StateFile};
 use ovms_vmm::boot::Payload;
 use ovms_vmm::fds::Fds;
-use ovms_vmm::machine::{Machine, ThreadStart};
+use ovms_vmm::machine::{Base, Machine, ThreadStart};
 use ovms_vmm::mailbox::Mailbox;
 use ovms_vmm::memory::Ram;
 use ovms_vmm::saved::Saved;
@@ -66,8 +66,8 @@ impl Inside {
         let threads =
             ThreadStart { device: Spawner::default(), vcpu: Arc::new(|| ()), beside: Box::new(|chore| chore()) };
         let mut timeline = Recorder::start();
-        let machine =
-            Machine::build(&spec, &mut fds, ram.clone(), mail, &threads, saved.as_ref(), &mut timeline).unwrap();
+        let base = Base::new(spec.config(), &mut fds, ram.clone(), &threads).unwrap();
+        let machine = Machine::build(base, &spec, &mut fds, mail, &threads, saved.as_ref(), &mut timeline).unwrap();
         match (start, &saved) {
             (StartConfig::Boot(boot), None) => {
                 let kernel = fds.take_file(boot.kernel).unwrap();
