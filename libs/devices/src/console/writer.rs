@@ -19,7 +19,7 @@ use crate::threads::{Spawner, ThreadKind};
 /// Bytes from which on the ring counts as full.
 const SOFT_LIMIT: usize = 64 << 10;
 /// Bytes at which the ring starts to forget. Only a pusher that never waits gets here: one push is at most
-/// [`super::MAX_PUSH`], and whoever pushes waits for room after it.
+/// [`super::MAX_PUSH`], and whoever pushes waits for room after it, or pushes no more until there is.
 const HARD_LIMIT: usize = 1 << 20;
 /// Bytes per write: a pipe that polls writable takes this many without blocking (PIPE_BUF).
 const CHUNK: usize = 4096;

@@ -66,13 +66,10 @@ impl Bell {
         let _ = self.wake.write(1);
     }
 
-    /// Whether it was rung. To be asked before the slots are looked at: what comes after that look rings again.
+    /// Whether it was rung. To be asked before the slots are looked at: what comes after that look rings again. Leaves
+    /// `wake` to the wait that is woken by it: whoever rings may not have come so far yet.
     pub(super) fn answer(&self) -> bool {
-        let rung = self.hurry.swap(false, Ordering::AcqRel);
-        if rung {
-            let _ = self.wake.read();
-        }
-        rung
+        self.hurry.swap(false, Ordering::AcqRel)
     }
 }
 

@@ -56,6 +56,10 @@ impl Active {
         self.woken_due = now;
     }
 
+    fn serves(&self, paused: bool) -> bool {
+        !paused && !self.broken
+    }
+
     fn progress(&self) -> Vec<QueueProgress> {
         self.queues.iter().map(VirtQueue::progress).collect()
     }
@@ -121,7 +125,7 @@ impl Seat {
     }
 
     fn serving(&self) -> Option<&Active> {
-        self.active.as_ref().filter(|active| !self.paused && !active.broken)
+        self.active.as_ref().filter(|active| active.serves(self.paused))
     }
 
     /// What wakes the worker: the kicks of its queues, then its own descriptor.
@@ -141,8 +145,8 @@ impl Seat {
 
     /// Takes, out of `ready`, what became of each of [`Seat::descriptors`].
     pub(super) fn note(&mut self, ready: &mut impl Iterator<Item = bool>, now: Instant) {
-        let serving = !self.paused;
-        let Some(active) = self.active.as_mut().filter(|active| serving && !active.broken) else { return };
+        let paused = self.paused;
+        let Some(active) = self.active.as_mut().filter(|active| active.serves(paused)) else { return };
         for (queue, due) in active.queues.iter().zip(&mut active.due) {
             if ready.next() == Some(true) {
                 let _ = queue.kick().read();
@@ -160,8 +164,8 @@ impl Seat {
 
     /// Gives a turn to each queue that is due. What is left when somebody is in a hurry stays due.
     pub(super) fn serve(&mut self, now: Instant, hurry: &AtomicBool) {
-        let serving = !self.paused;
-        let Some(active) = self.active.as_mut().filter(|active| serving && !active.broken) else { return };
+        let paused = self.paused;
+        let Some(active) = self.active.as_mut().filter(|active| active.serves(paused)) else { return };
         if let Err(error) = serve_due(self.work.as_mut(), active, now, hurry) {
             if self.log.allows() {
                 let error = &error as &dyn std::error::Error;

@@ -3,8 +3,11 @@ use std::sync::mpsc::{channel, Receiver};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
+use super::handle::Bell;
+use super::thread::wait;
 use super::*;
 use crate::console::InputQueue;
+use crate::poll::{wait_fds, Interest};
 use crate::sync::lock;
 use crate::testkit::driver::{guest_memory, Driver, Part};
 use crate::testkit::{on_thread, GatedSink};
@@ -173,6 +176,16 @@ fn command_for_one_worker_cuts_the_turn_of_another_short() {
     busy.wait_for_turn(before);
     drop(worker);
     assert_eq!(told.0.load(Ordering::SeqCst), 0, "none of them died");
+}
+
+#[test]
+fn bell_that_was_answered_while_it_was_rung_wakes_once() {
+    let bell = Bell::new().unwrap();
+    bell.hurry.store(true, Ordering::Release);
+    assert!(bell.answer());
+    bell.wake.write(1).unwrap();
+    wait(&bell, &mut []).unwrap();
+    assert_eq!(wait_fds(&[(&bell.wake, Interest::Read)], Some(Duration::ZERO)).unwrap(), [false]);
 }
 
 #[test]

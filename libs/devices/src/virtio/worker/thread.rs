@@ -72,12 +72,15 @@ fn each(seats: &mut Vec<Seat>, mut turn: impl FnMut(&mut Seat) -> bool) {
 }
 
 /// Waits for the bell or what wakes a seat, or until one is due; returns when that was.
-fn wait(bell: &Bell, seats: &mut [Seat]) -> io::Result<Instant> {
+pub(super) fn wait(bell: &Bell, seats: &mut [Seat]) -> io::Result<Instant> {
     let wake: &dyn AsRawFd = &bell.wake;
     let descriptors = seats.iter().flat_map(Seat::descriptors);
     let fds: Vec<_> = std::iter::once(wake).chain(descriptors).map(|fd| (fd, Interest::Read)).collect();
     let patience = seats.iter().filter_map(Seat::patience).min();
-    let mut ready = wait_fds(&fds, patience)?.into_iter().skip(1);
+    let mut ready = wait_fds(&fds, patience)?.into_iter();
+    if ready.next() == Some(true) {
+        let _ = bell.wake.read();
+    }
     let now = Instant::now();
     for seat in seats {
         seat.note(&mut ready, now);
