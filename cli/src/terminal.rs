@@ -66,22 +66,35 @@ impl Console {
         Ok((console, machine_reads.into(), machine_writes.into()))
     }
 
-    /// Copies in both directions. The returned thread ends when everything that the machine wrote is out. On a raw
-    /// terminal the escape character calls `stop`, else it is a byte like any other.
-    pub fn relay(self, raw: bool, stop: impl Fn() + Send + 'static) -> io::Result<JoinHandle<()>> {
+    /// Copies what the machine writes to stdout. The thread ends when everything is out.
+    pub fn write_out(self) -> io::Result<(Keyboard, JoinHandle<()>)> {
         let Self { input, output } = self;
-        let builder = |name: &str| thread::Builder::new().name(name.into()).stack_size(STACK);
+        let written = copier("console-out").spawn(move || copy_out(output, io::stdout().lock()))?;
+        Ok((Keyboard(input), written))
+    }
+}
+
+/// The machine's input.
+pub struct Keyboard(File);
+
+impl Keyboard {
+    /// Copies stdin to the machine. On a raw terminal the escape character calls `stop`, else it is a byte like any other.
+    pub fn read_in(self, raw: bool, stop: impl Fn() + Send + 'static) -> io::Result<()> {
         // Ends with the process: it may wait for a key for ever.
-        builder("console-in").spawn(move || {
-            if let Err(err) = copy_in(io::stdin().lock(), input, raw.then_some(&stop)) {
+        copier("console-in").spawn(move || {
+            if let Err(err) = copy_in(io::stdin().lock(), self.0, raw.then_some(&stop)) {
                 // A guest that is gone reads nothing more.
                 if err.kind() != io::ErrorKind::BrokenPipe {
                     eprint!("ovm: stdin cannot be read: {err}\r\n");
                 }
             }
         })?;
-        builder("console-out").spawn(move || copy_out(output, io::stdout().lock()))
+        Ok(())
     }
+}
+
+fn copier(name: &str) -> thread::Builder {
+    thread::Builder::new().name(name.into()).stack_size(STACK)
 }
 
 fn copy_in(mut from: impl Read, mut to: impl Write, stop: Option<&impl Fn()>) -> io::Result<()> {

@@ -88,9 +88,7 @@ impl Instance {
                 Err(err) => return Err(CliError::io(err)),
             }
         }
-        Err(CliError::exists(format!(
-            "there is a machine {id} already: choose another --name, or remove it (ovm rm {id})"
-        )))
+        Err(taken(id))
     }
 
     /// Where the console of a detached machine goes.
@@ -123,6 +121,11 @@ impl Drop for Instance {
             eprintln!("ovm: cannot remove {}: {err}", self.dir.display());
         }
     }
+}
+
+/// What to do about a name that a machine has already.
+pub fn taken(id: &str) -> CliError {
+    CliError::exists(format!("there is a machine {id} already: choose another --name, or remove it (ovm rm {id})"))
 }
 
 /// A machine's directory as somebody else sees it.

@@ -18,7 +18,7 @@ use std::hash::BuildHasher;
 use std::io::{self, IsTerminal};
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::mpsc::{self, RecvTimeoutError, Sender};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -31,7 +31,8 @@ use ovms_config::settings::RamPolicy;
 use ovms_config::size::parse_size;
 use ovms_config::Settings;
 use ovms_engine::{
-    BootChoice, CreateSpec, Engine, ExitInfo, ExitReason, Kind, Machine, MachineEvent, OnIncompatible, Stdio, Wishes,
+    BootChoice, CreateSpec, Engine, ExitInfo, ExitReason, Kind, Machine, MachineEvent, OnIncompatible, Reservation,
+    Stdio, Wishes,
 };
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::fmt;
@@ -148,15 +149,17 @@ pub fn run(args: Args) -> Result<ExitCode, CliError> {
         return detached::launch(&id, &layout);
     }
     let mut start = Start::prepare(&args, &settings, id, began)?;
-    let signals = Signals::hold().map_err(CliError::io)?;
     let (console, input, output) = Console::open().map_err(CliError::io)?;
     start.spec.stdio = Stdio { stdin: Some(input), stdout: Some(output), stderr: None };
-    let (machine, _instance) = start.create()?;
-    let relay = |stop: Stopper| {
-        let raw = RawMode::enter()?;
-        Ok((console.relay(raw.is_some(), stop)?, raw))
-    };
-    let exit = attend(&machine, &settings, signals, relay, &|| ());
+    let ear = Ear::new();
+    // Before the machine is there, whose first byte waits for nothing then, and may be answered by keys.
+    let raw = RawMode::enter().map_err(CliError::io)?;
+    let (keyboard, written) = console.write_out().map_err(CliError::io)?;
+    let (machine, _instance, signals) = start.create()?;
+    let stopper = ear.stopper();
+    let started = || keyboard.read_in(raw.is_some(), stopper);
+    let exit = attend(&machine, &settings, signals, ear, written, started);
+    drop(raw);
     machine.delete()?;
     exit.map(|exit| report(&exit))
 }
@@ -166,14 +169,17 @@ fn keep(args: &Args, settings: &Settings, id: String, began: Instant) -> ExitCod
     let kept = (|| {
         detached::settle()?;
         let mut start = Start::prepare(args, settings, id, began)?;
-        let signals = Signals::hold().map_err(CliError::io)?;
         let (output, theirs) = io::pipe().map_err(CliError::io)?;
         start.spec.stdio = Stdio { stdin: None, stdout: Some(theirs.into()), stderr: None };
-        let (machine, instance) = start.create()?;
+        let log = File::from(std::os::fd::OwnedFd::from(output));
+        let written = detached::log(log, start.instance.console()).map_err(CliError::io)?;
+        let (machine, instance, signals) = start.create()?;
         let record = Engine::new(settings.clone()).load(NAMESPACE, machine.id())?;
-        let console = instance.console();
-        let log = |_| Ok((detached::log(File::from(std::os::fd::OwnedFd::from(output)), console)?, ()));
-        let exit = attend(&machine, settings, signals, log, &|| detached::tell(Ok(())));
+        let started = || {
+            detached::tell(Ok(()));
+            Ok(())
+        };
+        let exit = attend(&machine, settings, signals, Ear::new(), written, started);
         machine.delete()?;
         let exit = exit?;
         if !args.rm {
@@ -191,10 +197,13 @@ fn keep(args: &Args, settings: &Settings, id: String, began: Instant) -> ExitCod
 /// A machine that only lacks its console.
 struct Start {
     engine: Engine,
+    reservation: Reservation,
     spec: CreateSpec,
     instance: Instance,
     /// Until the machine's files are open.
     held: Held,
+    /// From here on they find something that has to be cleaned up.
+    signals: Signals,
 }
 
 impl Start {
@@ -213,13 +222,9 @@ impl Start {
         step("template");
         let layout = std::path::absolute(found.layout.path()).map_err(CliError::io)?;
         let origin = Origin { name: args.image.clone(), layout, image: found.image };
-        let instance = Instance::make(&settings.paths.state, &id, &origin)?;
-        let bundle = instantiate(&template, &instance.dir)?;
-        step("instance");
-        let spec = CreateSpec {
+        let mut spec = CreateSpec {
             id,
             namespace: NAMESPACE.into(),
-            bundle,
             wishes: Wishes { flag_memory: args.memory, flag_vcpus: args.cpus, ..Wishes::default() },
             extra_kernel_args: args.kernel_args.clone(),
             read_only: args.read_only,
@@ -233,14 +238,24 @@ impl Start {
             passed,
             ..CreateSpec::default()
         };
-        Ok(Self { engine: Engine::new(settings.clone()), spec, instance, held })
+        let engine = Engine::new(settings.clone());
+        let signals = Signals::hold().map_err(CliError::io)?;
+        // First, so that the VMM's program starts while the machine's files are made.
+        let reservation = engine.reserve(&spec).map_err(|err| match err.kind() {
+            Kind::AlreadyExists => instance::taken(&spec.id),
+            _ => err.into(),
+        })?;
+        let instance = Instance::make(&settings.paths.state, &spec.id, &origin)?;
+        spec.bundle = instantiate(&template, &instance.dir)?;
+        spec.passed.push(("instance".to_owned(), Instant::now()));
+        Ok(Self { engine, reservation, spec, instance, held, signals })
     }
 
-    fn create(self) -> Result<(Machine, Instance), CliError> {
-        let Self { engine, spec, instance, held } = self;
-        let machine = engine.create(spec)?;
+    fn create(self) -> Result<(Machine, Instance, Signals), CliError> {
+        let Self { engine, reservation, spec, instance, held, signals } = self;
+        let machine = engine.create_in(reservation, spec)?;
         drop(held);
-        Ok((machine, instance))
+        Ok((machine, instance, signals))
     }
 }
 
@@ -293,44 +308,43 @@ fn fresh_id() -> String {
     format!("vm-{:08x}", random as u32)
 }
 
-/// Runs a machine to its end; only a failure of the terminal or of the start is an error.
-fn attend<R>(
+/// Starts a machine and runs it to its end; only a failure of the start or of this process is an error. `written` ends when
+/// everything that the machine wrote is where it belongs.
+fn attend(
     machine: &Machine,
     settings: &Settings,
     signals: Signals,
-    relay: impl FnOnce(Stopper) -> io::Result<(JoinHandle<()>, R)>,
-    started: &dyn Fn(),
+    ear: Ear,
+    written: JoinHandle<()>,
+    started: impl FnOnce() -> io::Result<()>,
 ) -> Result<ExitInfo, CliError> {
     let stop_timeout = Duration::from_secs(settings.vm.stop_timeout_seconds.into());
-    let (tell, heard) = mpsc::channel();
     let result = (|| {
-        let ended = tell.clone();
+        let ended = ear.tell.clone();
         machine.subscribe(move |event| {
             if let MachineEvent::Exited(exit) = event {
                 // Nobody listens any more only once the end was heard.
                 let _ = ended.send(Heard::Exit(exit.clone()));
             }
         });
-        let (output, terminal) = relay(stopper(&tell)).map_err(CliError::io)?;
         match machine.start() {
             Ok(()) => (),
             // It has ended before it could answer: how is told as for every other end.
             Err(err) if err.kind() == Kind::NotFound => (),
             Err(err) => return Err(err.into()),
         }
-        started();
+        started().map_err(CliError::io)?;
         // Those that came until now were held back.
-        signals.watch(stopper(&tell)).map_err(CliError::io)?;
+        signals.watch(ear.stopper()).map_err(CliError::io)?;
         // What killed runs have left, now that the guest does not wait for it.
         Engine::new(settings.clone()).sweep(NAMESPACE);
         instance::sweep(&settings.paths.state);
         scratch::sweep(&settings.paths.state);
-        let exit = wait(machine, &heard, stop_timeout)?;
-        // The machine's end of the pipe is closed, so this comes to its end once everything is written.
-        if output.join().is_err() {
+        let exit = wait(machine, &ear.heard, stop_timeout)?;
+        // The machine's end of the pipe is closed.
+        if written.join().is_err() {
             return Err(CliError::io(io::Error::other("the console's output cannot be written")));
         }
-        drop(terminal);
         Ok(exit)
     })();
     if result.is_err() && machine.kill().is_ok() {
@@ -345,18 +359,29 @@ enum Heard {
     Exit(ExitInfo),
 }
 
-/// What somebody who wants the machine to end calls.
-type Stopper = Box<dyn Fn() + Send>;
+/// Hears of the machine's end, and of who wants it.
+struct Ear {
+    tell: Sender<Heard>,
+    heard: Receiver<Heard>,
+}
 
-fn stopper(tell: &Sender<Heard>) -> Stopper {
-    let tell = tell.clone();
-    Box::new(move || {
-        let _ = tell.send(Heard::Stop);
-    })
+impl Ear {
+    fn new() -> Self {
+        let (tell, heard) = mpsc::channel();
+        Self { tell, heard }
+    }
+
+    /// What somebody who wants the machine to end calls.
+    fn stopper(&self) -> impl Fn() + Send + 'static {
+        let tell = self.tell.clone();
+        move || {
+            let _ = tell.send(Heard::Stop);
+        }
+    }
 }
 
 /// Waits for the end; the first wish to stop presses the power button, the second one or the timeout kills.
-fn wait(machine: &Machine, heard: &mpsc::Receiver<Heard>, stop_timeout: Duration) -> Result<ExitInfo, CliError> {
+fn wait(machine: &Machine, heard: &Receiver<Heard>, stop_timeout: Duration) -> Result<ExitInfo, CliError> {
     let mut deadline: Option<Instant> = None;
     loop {
         let next = match deadline {

@@ -30,6 +30,7 @@ const STACK: usize = 64 << 10;
 static HOST: OnceLock<Arc<Host>> = OnceLock::new();
 
 /// The hypervisor, what it says of the host's processors, and a root without anything.
+#[derive(Debug)]
 struct Host {
     path: PathBuf,
     /// As long as it is open, KVM's module cannot be exchanged for one that gives other answers.
@@ -39,9 +40,11 @@ struct Host {
 }
 
 /// On its way.
+#[derive(Debug)]
 pub struct Ahead(JoinHandle<Result<Made>>);
 
 /// What comes of it.
+#[derive(Debug)]
 struct Made {
     host: Arc<Host>,
     netns: File,

@@ -6,17 +6,17 @@ use std::time::{Duration, Instant, SystemTime};
 
 use ovms_config::Settings;
 use ovms_proto::control::{ExitReason, FailureKind};
-use ovms_proto::Channel;
+use ovms_proto::ChannelError;
 
 use crate::ahead::Ahead;
-use crate::cgroup::{self, Bounds, Cgroup};
+use crate::cgroup::{self, Bounds};
 use crate::error::{Error, Kind, Result};
 use crate::launch::Packet;
-use crate::log::{self, LogPipe};
-use crate::machine::{limit_sends, with_overhead, ExitInfo, Machine, State, DEATH};
+use crate::machine::{with_overhead, ExitInfo, Machine, DEATH};
 use crate::monitor;
-use crate::process::{self, find_vmm, Cradle, Process};
+use crate::process::{self, find_vmm};
 use crate::record::{self, check_name, Claim, Found, Record, Slot};
+use crate::reservation::Reservation;
 use crate::serve::Server;
 use crate::shared::{micros, Inner, Parts, Patience, Remains};
 use crate::spec::{BootChoice, CreateSpec, OnIncompatible};
@@ -44,28 +44,18 @@ impl Engine {
     ///
     /// # Errors
     /// Every kind; nothing is left behind.
-    pub fn create(&self, spec: CreateSpec) -> Result<Machine> {
-        if spec.on_incompatible == OnIncompatible::Refuse || spec.boot == BootChoice::Cold {
-            return self.attempt(spec);
-        }
-        let spare = spec.try_clone().map_err(Error::io("the console cannot be shared"))?;
-        match self.attempt(spec) {
-            Err(err) if err.is_incompatible() => {
-                tracing::warn!(
-                    id = spare.id,
-                    err = err.chain(),
-                    "the machine boots, since this host cannot resume its RAM"
-                );
-                let mut passed = spare.passed.clone();
-                passed.push(("cold boot instead".into(), Instant::now()));
-                self.attempt(CreateSpec { boot: BootChoice::Cold, passed, ..spare })
-            }
-            other => other,
-        }
+    pub fn create(&self, mut spec: CreateSpec) -> Result<Machine> {
+        spec.began.get_or_insert_with(Instant::now);
+        let reservation = self.reserve(&spec)?;
+        self.create_in(reservation, spec)
     }
 
-    fn attempt(&self, mut spec: CreateSpec) -> Result<Machine> {
-        let began = spec.began.unwrap_or_else(Instant::now);
+    /// Takes the name of a machine whose files its maker may still be making, makes its cgroup and spawns its VMM: of the
+    /// spec, only names, cgroup, network namespace and `instance` are used.
+    ///
+    /// # Errors
+    /// `AlreadyExists`, `InvalidArgument`, `Unavailable`, `FailedPrecondition`, `Internal`; nothing is left behind.
+    pub fn reserve(&self, spec: &CreateSpec) -> Result<Reservation> {
         check_name("the machine's id", &spec.id)?;
         check_name("the namespace", &spec.namespace)?;
         let cgroup_path = match &spec.cgroups_path {
@@ -74,18 +64,44 @@ impl Engine {
         };
         let vmm = find_vmm(&self.settings)?;
         let ahead = Ahead::begin(&self.settings.paths.kvm, spec.netns.as_deref())?;
-        let slot = SlotGuard(Some(self.claim(&spec)?));
+        Reservation::make(spec, self.claim(spec)?, &cgroup_path, &vmm, ahead)
+    }
+
+    /// [`Engine::create`] with what was reserved for this spec.
+    ///
+    /// # Errors
+    /// Every kind; nothing is left behind, of the reservation neither.
+    pub fn create_in(&self, reservation: Reservation, spec: CreateSpec) -> Result<Machine> {
+        if spec.on_incompatible == OnIncompatible::Refuse || spec.boot == BootChoice::Cold {
+            return self.attempt(reservation, spec);
+        }
+        let spare = spec.try_clone().map_err(Error::io("the console cannot be shared"))?;
+        match self.attempt(reservation, spec) {
+            Err(err) if err.is_incompatible() => {
+                tracing::warn!(
+                    id = spare.id,
+                    err = err.chain(),
+                    "the machine boots, since this host cannot resume its RAM"
+                );
+                let mut passed = spare.passed.clone();
+                passed.push(("cold boot instead".into(), Instant::now()));
+                let spec = CreateSpec { boot: BootChoice::Cold, passed, ..spare };
+                self.attempt(self.reserve(&spec)?, spec)
+            }
+            other => other,
+        }
+    }
+
+    fn attempt(&self, reservation: Reservation, mut spec: CreateSpec) -> Result<Machine> {
+        // In the order in which they were made: on an error they go the other way.
+        let Reservation { slot, cgroup, born, ahead, mut record, passed } = reservation;
+        if (&record.namespace, &record.id) != (&spec.namespace, &spec.id) {
+            return Err(Error::new(Kind::Internal, "what was reserved is another machine's"));
+        }
+        let began = spec.began.unwrap_or_else(Instant::now);
         let since = |at: Instant| micros(at.saturating_duration_since(began));
-        let mut timeline: Vec<_> = spec.passed.drain(..).map(|(step, at)| (step, since(at))).collect();
-        let place = Cgroup::find(&cgroup_path)?;
-        let mut record = new_record(&spec, &place);
-        slot.get()?.write(&record)?;
-        place.create()?;
-        let cgroup = CgroupGuard(Some(place));
-        timeline.push(("cgroup".to_owned(), micros(began.elapsed())));
-        // Its program starts while we open its files.
-        let born = BornGuard(Some(spawn(&vmm, &spec, cgroup.get()?)?));
-        timeline.push(("spawned".to_owned(), micros(began.elapsed())));
+        let steps = spec.passed.drain(..).chain(passed);
+        let mut timeline: Vec<_> = steps.map(|(step, at)| (step, since(at))).collect();
         let mut packet = Packet::open(&mut spec, ahead, &self.settings)?;
         timeline.push(("files".to_owned(), micros(began.elapsed())));
         let uid = UidLease::take(&self.settings.paths.runtime, &self.settings.jail)?;
@@ -93,7 +109,6 @@ impl Engine {
         let bounds = bounds(&spec, &packet, self.settings.vm.overhead);
         cgroup.get()?.apply(&bounds)?;
         timeline.push(("limits".to_owned(), micros(began.elapsed())));
-        let server = Server::listen(&record::socket(self.runtime(), &spec.namespace, &spec.id))?;
         let born = born.take()?;
         (record.process, record.uid, record.tops) = (Some(born.process.id()), Some(uid.uid()), packet.tops.clone());
         (record.vcpus, record.memory) = (packet.size.vcpus, packet.size.memory);
@@ -118,6 +133,13 @@ impl Engine {
             .assign(parts.process.id())
             .and_then(|()| parts.remains.slot.write(&parts.remains.record))
             .inspect_err(|_| abandon(&parts))?;
+        // What is left to do here is done beside the VMM's own work.
+        let sent = parts.channel.send(&packet.config, &packet.fds());
+        // The VMM has its own copies now: the lock on the disk and the ends of the console live and die with them.
+        drop(packet);
+        parts.timeline.push(("configuration sent".to_owned(), micros(began.elapsed())));
+        let server = Server::listen(&record::socket(self.runtime(), &spec.namespace, &spec.id))
+            .inspect_err(|_| abandon(&parts))?;
         let oom = parts.cgroup.watch_oom();
         let inner = Arc::new(Inner::new(parts));
         if let Err(err) = monitor::start(Arc::clone(&inner), oom, born.log, Some(server)) {
@@ -128,7 +150,7 @@ impl Engine {
             return Err(err);
         }
         let machine = Machine::new(Arc::clone(&inner));
-        match build(&inner, packet, spec.oom_score_adj) {
+        match finish(&inner, sent, spec.oom_score_adj) {
             Ok(()) => Ok(machine),
             Err(err) => {
                 machine
@@ -246,34 +268,8 @@ impl Engine {
     }
 }
 
-/// A VMM that was just spawned.
-struct Born {
-    process: Process,
-    channel: Channel,
-    log: LogPipe,
-}
-
-fn spawn(vmm: &Path, spec: &CreateSpec, cgroup: &Cgroup) -> Result<Born> {
-    let internal = |message: &str| Error::new(Kind::Internal, message);
-    let (channel, theirs) = Channel::pair().map_err(|err| internal("a control socket cannot be made").because(err))?;
-    limit_sends(&channel)?;
-    let (log, log_end) = log::pipe(&spec.id).map_err(Error::io("a pipe for the VMM's log cannot be made"))?;
-    let process = Process::spawn(Cradle {
-        program: vmm,
-        id: &spec.id,
-        control: theirs.into(),
-        log: log_end,
-        birthplace: &cgroup.birthplace()?,
-    })?;
-    Ok(Born { process, channel, log })
-}
-
-/// Hands the machine's configuration over, and does what is left to do beside the VMM's own work.
-fn build(inner: &Inner, packet: Packet, oom_score_adj: Option<i32>) -> Result<()> {
-    let sent = inner.channel.send(&packet.config, &packet.fds());
-    // The VMM has its own copies now: the lock on the disk and the ends of the console live and die with them.
-    drop(packet);
-    inner.step("configuration sent");
+/// Waits until the VMM, to which the configuration was `sent`, has built the machine.
+fn finish(inner: &Inner, sent: std::result::Result<(), ChannelError>, oom_score_adj: Option<i32>) -> Result<()> {
     if let Some(adjustment) = oom_score_adj {
         adjust_oom_score(inner, adjustment);
     }
@@ -322,25 +318,6 @@ fn bounds(spec: &CreateSpec, packet: &Packet, overhead: u64) -> Bounds {
     }
 }
 
-/// The record of a machine that has a name and will have a cgroup: what is found if its engine dies now.
-fn new_record(spec: &CreateSpec, cgroup: &Cgroup) -> Record {
-    Record {
-        id: spec.id.clone(),
-        namespace: spec.namespace.clone(),
-        state: State::Creating,
-        created: SystemTime::now(),
-        process: None,
-        cgroup: cgroup.dirs(),
-        uid: None,
-        tops: Vec::new(),
-        vcpus: 0,
-        memory: 0,
-        timeline: Vec::new(),
-        exit: None,
-        instance: spec.instance.clone(),
-    }
-}
-
 /// Ends a VMM that has no monitor yet, and removes what it has.
 fn abandon(parts: &Parts) {
     if let Err(err) = parts.process.kill() {
@@ -352,71 +329,6 @@ fn abandon(parts: &Parts) {
     if let Err(err) = parts.remains.slot.remove() {
         tracing::error!(err = err.chain(), "a failed machine's directory is not removed");
     }
-}
-
-/// Gives a name back unless it was taken out.
-struct SlotGuard(Option<Slot>);
-
-impl SlotGuard {
-    fn get(&self) -> Result<&Slot> {
-        self.0.as_ref().ok_or_else(taken)
-    }
-
-    fn take(mut self) -> Result<Slot> {
-        self.0.take().ok_or_else(taken)
-    }
-}
-
-impl Drop for SlotGuard {
-    fn drop(&mut self) {
-        if let Some(Err(err)) = self.0.as_ref().map(Slot::remove) {
-            tracing::error!(err = err.chain(), "a failed machine's directory is not removed");
-        }
-    }
-}
-
-/// Ends a VMM unless it was taken out. If this process dies instead, the end of the control socket ends it.
-struct BornGuard(Option<Born>);
-
-impl BornGuard {
-    fn take(mut self) -> Result<Born> {
-        self.0.take().ok_or_else(taken)
-    }
-}
-
-impl Drop for BornGuard {
-    fn drop(&mut self) {
-        let Some(born) = &self.0 else { return };
-        match born.process.kill() {
-            Ok(()) => drop(born.process.reap()),
-            Err(err) => tracing::error!(%err, "a VMM cannot be killed"),
-        }
-    }
-}
-
-/// Removes a cgroup unless it was taken out.
-struct CgroupGuard(Option<Cgroup>);
-
-impl CgroupGuard {
-    fn get(&self) -> Result<&Cgroup> {
-        self.0.as_ref().ok_or_else(taken)
-    }
-
-    fn take(mut self) -> Result<Cgroup> {
-        self.0.take().ok_or_else(taken)
-    }
-}
-
-impl Drop for CgroupGuard {
-    fn drop(&mut self) {
-        if let Some(cgroup) = &self.0 {
-            cgroup::remove(&cgroup.dirs());
-        }
-    }
-}
-
-fn taken() -> Error {
-    Error::new(Kind::Internal, "a part of the machine was handed on twice")
 }
 
 #[cfg(test)]

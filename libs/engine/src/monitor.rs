@@ -207,7 +207,8 @@ impl Monitor {
                         shared.state = State::Created;
                     }
                 });
-                // Here, where nobody waits for it.
+                // Here, where nobody waits for it; who waited for the machine may have been given this processor.
+                thread::yield_now();
                 inner.save();
             }
             FromVmm::Failed { kind, message } => {

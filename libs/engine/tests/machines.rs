@@ -32,6 +32,26 @@ fn a_guest_that_powers_off_gives_its_output_status_0_and_leaves_nothing() {
 
 #[test]
 #[ignore = "needs /dev/kvm and root"]
+fn a_reservation_holds_its_name_and_leaves_nothing_unused() {
+    let host = Host::new();
+    let (mut spec, _console) = host.spec("hello");
+    let reservation = host.engine.reserve(&spec).unwrap();
+    let record = host.engine.load("engine-test", &spec.id).unwrap();
+    assert!(!record.cgroup.is_empty() && record.cgroup.iter().all(|dir| dir.exists()));
+    assert_eq!(host.engine.reserve(&spec).unwrap_err().kind(), Kind::AlreadyExists);
+
+    let id = std::mem::replace(&mut spec.id, unique("other"));
+    let err = host.engine.create_in(reservation, spec).unwrap_err();
+
+    assert!(err.to_string().contains("another machine's"), "{err}");
+    // A cgroup that holds a VMM cannot be removed.
+    assert!(record.cgroup.iter().all(|dir| !dir.exists()));
+    assert!(host.engine.load("engine-test", &id).is_err());
+    assert_eq!(fs::read_dir(host.settings.paths.runtime.join("machines/engine-test")).unwrap().count(), 0);
+}
+
+#[test]
+#[ignore = "needs /dev/kvm and root"]
 fn every_end_has_its_status() {
     let host = Host::new();
     for (guest, status) in [("reboot", 0), ("panic", 134), ("triple", 139)] {
