@@ -300,8 +300,9 @@ def ovm_run_dies_while_it_restores(bed: Bed) -> None:
 
     work = (
         Step("RAM is unpacked", unpacking, lambda: list(unpacked())),
-        Step("the instance is made", instances, restore.record),
-        *restore.steps(),
+        Step("the machine is reserved", restore.record, instances),
+        Step("the instance is made", instances, restore.vmm),
+        *restore.steps()[1:],
     )
     for step in work:
         def attempt(step: Step = step) -> bool:
