@@ -84,6 +84,7 @@ impl Ahead {
         };
         let thread = Builder::new().name("ovms-ahead".into()).stack_size(STACK).spawn(make);
         let thread = thread.map_err(Error::io("a thread that makes a machine's start shorter cannot be started"))?;
+        sys::begin_elsewhere(&thread);
         Ok(Self(thread))
     }
 

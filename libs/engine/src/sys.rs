@@ -5,8 +5,10 @@ use std::fs::File;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::thread::JoinHandleExt;
 use std::ptr;
 use std::sync::atomic::{AtomicI32, Ordering};
+use std::thread::JoinHandle;
 
 use libc::{c_char, c_int, c_long};
 use nix::sys::wait::{waitid, Id, WaitPidFlag};
@@ -79,6 +81,23 @@ pub(crate) enum SpawnError {
 
 /// What the child says of itself: 0, the number of the error of its `execve`, or the negative of that of its cgroup.
 type Failure = AtomicI32;
+
+/// Has a thread that was just started begin on another processor than the caller's, if it may use one: where that was busy
+/// for the instant of the start, the kernel lets it wait behind its maker. Only a wish.
+pub(crate) fn begin_elsewhere<T>(thread: &JoinHandle<T>) {
+    const SIZE: usize = size_of::<libc::cpu_set_t>();
+    // SAFETY: `set` is a cpu_set_t of the size given, for which zeroes are valid, and the processor's number is within it;
+    // the handle keeps the thread's number its own.
+    unsafe {
+        let mut set: libc::cpu_set_t = std::mem::zeroed();
+        let here = usize::try_from(libc::sched_getcpu()).unwrap_or(usize::MAX);
+        if libc::sched_getaffinity(0, SIZE, &raw mut set) != 0 || libc::CPU_COUNT(&set) < 2 || here >= SIZE * 8 {
+            return;
+        }
+        libc::CPU_CLR(here, &mut set);
+        libc::pthread_setaffinity_np(thread.as_pthread_t(), SIZE, &raw const set);
+    }
+}
 
 /// Makes a child in its own namespaces and cgroup that executes the program; returns its pid and its pidfd when it does.
 pub(crate) fn spawn(birth: &Birth<'_>) -> Result<(u32, OwnedFd), SpawnError> {
