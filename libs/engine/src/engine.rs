@@ -93,7 +93,8 @@ impl Engine {
     }
 
     fn attempt(&self, reservation: Reservation, mut spec: CreateSpec) -> Result<Machine> {
-        // In the order in which they were made: on an error they go the other way.
+        let mut uid = UidLease::take(&self.settings.paths.runtime, &self.settings.jail)?;
+        // In the order in which they were made: on an error they go the other way, the VMM first.
         let Reservation { slot, cgroup, born, ahead, mut record, passed } = reservation;
         if (&record.namespace, &record.id) != (&spec.namespace, &spec.id) {
             return Err(Error::new(Kind::Internal, "what was reserved is another machine's"));
@@ -103,44 +104,41 @@ impl Engine {
         let steps = spec.passed.drain(..).chain(passed);
         let mut timeline: Vec<_> = steps.map(|(step, at)| (step, since(at))).collect();
         let mut packet = Packet::open(&mut spec, ahead, &self.settings)?;
-        timeline.push(("files".to_owned(), micros(began.elapsed())));
-        let uid = UidLease::take(&self.settings.paths.runtime, &self.settings.jail)?;
         (packet.config.jail.uid, packet.config.jail.gid) = (uid.uid(), uid.uid());
+        timeline.push(("files".to_owned(), micros(began.elapsed())));
         let bounds = bounds(&spec, &packet, self.settings.vm.overhead);
         cgroup.get()?.apply(&bounds)?;
         timeline.push(("limits".to_owned(), micros(began.elapsed())));
-        let born = born.take()?;
-        (record.process, record.uid, record.tops) = (Some(born.process.id()), Some(uid.uid()), packet.tops.clone());
+        let process = born.get()?.process.id();
+        uid.assign(process)?;
+        (record.process, record.uid, record.tops) = (Some(process), Some(uid.uid()), std::mem::take(&mut packet.tops));
         (record.vcpus, record.memory) = (packet.size.vcpus, packet.size.memory);
-        let mut parts = Parts {
+        slot.get()?.write(&record)?;
+        // What is left to do here is done beside the VMM's own work.
+        let sent = born.get()?.channel.send(&packet.config, &packet.fds());
+        let (memory, origin) = (packet.size.memory, std::mem::take(&mut packet.origin));
+        let (ram_lock, recording) = (packet.ram_lock.take(), packet.recording.take());
+        // The VMM has its own copies now: the lock on the disk and the ends of the console live and die with them.
+        drop(packet);
+        timeline.push(("configuration sent".to_owned(), micros(began.elapsed())));
+        let server = Server::listen(&record::socket(self.runtime(), &spec.namespace, &spec.id))?;
+        let oom = cgroup.get()?.watch_oom();
+        let born = born.take()?;
+        let parts = Parts {
             process: born.process,
             channel: born.channel,
-            memory: packet.size.memory,
+            memory,
             overhead: self.settings.vm.overhead,
             began,
             patience: Patience::default(),
             timeline,
             stderr: spec.stdio.stderr.take(),
-            origin: std::mem::take(&mut packet.origin),
-            ram_lock: packet.ram_lock.take(),
-            recording: packet.recording.take(),
+            origin,
+            ram_lock,
+            recording,
             cgroup: cgroup.take()?,
-            remains: Remains { slot: slot.take()?, record, uid },
+            remains: Remains { slot: slot.take()?, record, _uid: uid },
         };
-        parts
-            .remains
-            .uid
-            .assign(parts.process.id())
-            .and_then(|()| parts.remains.slot.write(&parts.remains.record))
-            .inspect_err(|_| abandon(&parts))?;
-        // What is left to do here is done beside the VMM's own work.
-        let sent = parts.channel.send(&packet.config, &packet.fds());
-        // The VMM has its own copies now: the lock on the disk and the ends of the console live and die with them.
-        drop(packet);
-        parts.timeline.push(("configuration sent".to_owned(), micros(began.elapsed())));
-        let server = Server::listen(&record::socket(self.runtime(), &spec.namespace, &spec.id))
-            .inspect_err(|_| abandon(&parts))?;
-        let oom = parts.cgroup.watch_oom();
         let inner = Arc::new(Inner::new(parts));
         if let Err(err) = monitor::start(Arc::clone(&inner), oom, born.log, Some(server)) {
             inner.fault("the machine's thread cannot be started");
@@ -315,19 +313,6 @@ fn bounds(spec: &CreateSpec, packet: &Packet, overhead: u64) -> Bounds {
         limits: spec.limits.clone(),
         memory: Some(packet.size.cgroup_memory),
         memory_and_swap: spec.limits.memory_swap.map(|limit| with_overhead(limit, overhead)),
-    }
-}
-
-/// Ends a VMM that has no monitor yet, and removes what it has.
-fn abandon(parts: &Parts) {
-    if let Err(err) = parts.process.kill() {
-        tracing::error!(%err, "a VMM cannot be killed");
-        return;
-    }
-    parts.process.reap();
-    cgroup::remove(&parts.cgroup.dirs());
-    if let Err(err) = parts.remains.slot.remove() {
-        tracing::error!(err = err.chain(), "a failed machine's directory is not removed");
     }
 }
 

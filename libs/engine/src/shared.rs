@@ -98,7 +98,8 @@ pub(crate) struct Origin {
 pub(crate) struct Remains {
     pub(crate) slot: Slot,
     pub(crate) record: Record,
-    pub(crate) uid: UidLease,
+    /// Held as long as this lives.
+    pub(crate) _uid: UidLease,
 }
 
 type Listener = Box<dyn FnMut(&MachineEvent) + Send>;

@@ -79,7 +79,7 @@ pub(crate) fn stage_with(origin: impl FnOnce(&Path) -> (Origin, Option<std::fs::
         stderr: None,
         ram_lock: None,
         recording,
-        remains: Remains { slot, record, uid },
+        remains: Remains { slot, record, _uid: uid },
     }));
     let server = Server::listen(&crate::record::socket(runtime.path(), "ns", "vm1")).unwrap();
     monitor::start(Arc::clone(&inner), None, log, Some(server)).unwrap();
